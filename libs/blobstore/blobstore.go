@@ -1,0 +1,149 @@
+// Package blobstore is Landfall's only door to storage.
+//
+// It offers what the replica needs of an object store, in the vocabulary of
+// Azure Storage: block blobs (whole objects, create-only or conditional
+// writes), page blobs (512-byte pages written in place, a sequence number,
+// snapshots), leases, ETags and storage time. Backend "dir" keeps all of it
+// in a folder; backend "azure" comes with a later issue. Every backend passes
+// the suite in package blobstoretest.
+//
+// Every method takes a context whose deadline it honours. Errors are
+// classified by the sentinels below; test with errors.Is. A method that
+// returns an error outside these sentinels has an unknown outcome: the caller
+// re-reads before it decides.
+package blobstore
+
+import (
+	"context"
+	"errors"
+	"io"
+	"iter"
+	"time"
+)
+
+// Sentinel errors. A backend wraps them with the operation and the name.
+var (
+	// ErrNotFound: the container, blob or snapshot does not exist.
+	ErrNotFound = errors.New("blob not found")
+	// ErrExists: a create-only write met an existing blob.
+	ErrExists = errors.New("blob already exists")
+	// ErrConditionFailed: an If-Match or sequence-number condition did not hold.
+	ErrConditionFailed = errors.New("condition not met")
+	// ErrLeaseConflict: the blob is leased and the call carried no lease id or another one,
+	// or the lease named by the call is not held.
+	ErrLeaseConflict = errors.New("lease conflict")
+	// ErrInvalid: the call's arguments break a rule of the store (alignment, size, name).
+	ErrInvalid = errors.New("invalid storage request")
+	// ErrFull: no space left.
+	ErrFull = errors.New("storage is full")
+)
+
+// PageSize is the unit of page blobs, in bytes (Azure: "Put Page", 512-byte pages).
+const PageSize = 512
+
+// MaxPageWrite is the largest single WritePages call, in bytes (Azure: 4 MiB).
+const MaxPageWrite = 4 << 20
+
+// ETag identifies one version of a blob. The zero value means "no condition".
+type ETag string
+
+// SnapshotID names an immutable snapshot of a page blob. Empty is the live blob.
+type SnapshotID string
+
+// LeaseID is the caller's proposed lease id (a UUID). Empty means "no lease".
+type LeaseID string
+
+// Properties describes a blob as storage sees it.
+type Properties struct {
+	Name     string
+	Snapshot SnapshotID
+	Size     int64 // bytes
+	ETag     ETag
+	// LastModified is storage time, never the caller's clock.
+	LastModified time.Time
+	// Sequence is a page blob's sequence number; 0 for block blobs.
+	Sequence int64
+	IsPages  bool
+	Metadata map[string]string
+}
+
+// Conditions restrict a write. All that are set must hold, atomically with the write.
+type Conditions struct {
+	// CreateOnly fails with ErrExists when the blob exists (If-None-Match: *).
+	CreateOnly bool
+	// IfMatch fails with ErrConditionFailed when the blob's ETag differs.
+	IfMatch ETag
+	// Lease is the id of the lease that the caller holds. A leased blob refuses a write without it,
+	// and a write that carries it fails with ErrLeaseConflict when that lease is not active.
+	Lease LeaseID
+	// IfSequence fails with ErrConditionFailed when the page blob's sequence number differs.
+	IfSequence *int64
+}
+
+// Store is one storage account, or a folder that stands for one.
+type Store interface {
+	// CreateContainer makes a container; it is success when the container exists.
+	CreateContainer(ctx context.Context, name string) error
+	// ListContainers yields container names with the prefix, in order.
+	ListContainers(ctx context.Context, prefix string) iter.Seq2[string, error]
+	// Container returns a handle without asking the store.
+	Container(name string) Container
+	// Now is storage time.
+	Now(ctx context.Context) (time.Time, error)
+	Close() error
+}
+
+// Container holds blobs. Names are '/'-separated paths of [A-Za-z0-9._-] segments.
+type Container interface {
+	Name() string
+
+	// Put writes a whole block blob of size bytes, durable and visible all at once
+	// when Put returns nil, or not at all.
+	Put(ctx context.Context, name string, body io.ReadSeeker, size int64, cond Conditions) (Properties, error)
+	// Get opens length bytes of a block blob at offset; length < 0 reads to the end.
+	// The caller closes the reader.
+	Get(ctx context.Context, name string, offset, length int64) (io.ReadCloser, Properties, error)
+	// Stat returns a blob's properties; snapshot "" is the live blob.
+	Stat(ctx context.Context, name string, snapshot SnapshotID) (Properties, error)
+	// List yields live blobs whose name has the prefix and sorts after `after`, in name order.
+	List(ctx context.Context, prefix, after string) iter.Seq2[Properties, error]
+	// Delete removes a block or page blob (with its snapshots).
+	Delete(ctx context.Context, name string, cond Conditions) error
+
+	// CreatePages makes a page blob of size bytes (a multiple of PageSize), all zero, sequence number 0.
+	// Metadata is fixed at creation.
+	CreatePages(ctx context.Context, name string, size int64, metadata map[string]string, cond Conditions) (Properties, error)
+	// WritePages writes page-aligned data of at most MaxPageWrite bytes.
+	WritePages(ctx context.Context, name string, offset int64, data []byte, cond Conditions) (Properties, error)
+	// ClearPages zeroes a page-aligned range of any length and frees its space.
+	ClearPages(ctx context.Context, name string, offset, length int64, cond Conditions) (Properties, error)
+	// ReadPages fills buf from offset of the blob or its snapshot; pages never written read as zeros.
+	ReadPages(ctx context.Context, name string, snapshot SnapshotID, offset int64, buf []byte) error
+	// PageRanges yields the written ranges within [offset, offset+length), in order; a range may
+	// contain zeros, but nothing outside the yielded ranges is non-zero.
+	PageRanges(ctx context.Context, name string, snapshot SnapshotID, offset, length int64) iter.Seq2[PageRange, error]
+	// SetSequence sets the page blob's sequence number, durably ordered after every page write
+	// that returned before the call.
+	SetSequence(ctx context.Context, name string, n int64, cond Conditions) (Properties, error)
+	// SnapshotPages freezes the page blob's present content under a new id. The blob's own ETag does not change.
+	SnapshotPages(ctx context.Context, name string, metadata map[string]string, cond Conditions) (SnapshotID, Properties, error)
+	// ListSnapshots yields the snapshots of one page blob, oldest first.
+	ListSnapshots(ctx context.Context, name string) iter.Seq2[Properties, error]
+	// DeleteSnapshot removes one snapshot.
+	DeleteSnapshot(ctx context.Context, name string, snapshot SnapshotID) error
+
+	// AcquireLease takes the blob's lease under the proposed id, or answers ErrLeaseConflict while another
+	// holds it. Acquiring again with the same id renews it. duration is 15 s to 60 s.
+	AcquireLease(ctx context.Context, name string, id LeaseID, duration time.Duration) error
+	// RenewLease extends the lease; ErrLeaseConflict when it is no longer the holder's.
+	RenewLease(ctx context.Context, name string, id LeaseID) error
+	// ReleaseLease ends the holder's lease.
+	ReleaseLease(ctx context.Context, name string, id LeaseID) error
+	// BreakLease ends whoever's lease at once.
+	BreakLease(ctx context.Context, name string) error
+}
+
+// PageRange is a half-open byte range of a page blob.
+type PageRange struct {
+	Offset, Length int64
+}

@@ -1,0 +1,3 @@
+module github.com/landfall-dr/landfall/proto
+
+go 1.26
