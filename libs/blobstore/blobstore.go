@@ -97,27 +97,37 @@ type Store interface {
 type Container interface {
 	Name() string
 
-	// Put writes a whole block blob of size bytes, durable and visible all at once
-	// when Put returns nil, or not at all.
+	// Put writes a whole block blob of exactly size bytes read from body's present position, durable and
+	// visible all at once when Put returns nil, or not at all. A body that ends early is ErrInvalid.
+	// IfMatch on a missing blob is ErrConditionFailed. A lease survives an overwrite.
 	Put(ctx context.Context, name string, body io.ReadSeeker, size int64, cond Conditions) (Properties, error)
-	// Get opens length bytes of a block blob at offset; length < 0 reads to the end.
-	// The caller closes the reader.
+	// Get opens length bytes of a block blob at offset; length < 0 reads to the end, and a range that
+	// passes the end is cut there. An offset past the end is ErrInvalid. The reader keeps to the version
+	// that it opened, whatever is put or deleted later. The caller closes it.
 	Get(ctx context.Context, name string, offset, length int64) (io.ReadCloser, Properties, error)
 	// Stat returns a blob's properties; snapshot "" is the live blob.
 	Stat(ctx context.Context, name string, snapshot SnapshotID) (Properties, error)
-	// List yields live blobs whose name has the prefix and sorts after `after`, in name order.
+	// List yields live blobs whose name has the prefix and sorts after `after`, in the byte order of whole
+	// names. Blobs put or deleted while it runs may or may not be seen; all others are seen exactly once.
+	// The pair with a non-nil error is the last one.
 	List(ctx context.Context, prefix, after string) iter.Seq2[Properties, error]
 	// Delete removes a block or page blob (with its snapshots).
 	Delete(ctx context.Context, name string, cond Conditions) error
 
 	// CreatePages makes a page blob of size bytes (a multiple of PageSize), all zero, sequence number 0.
-	// Metadata is fixed at creation.
+	// It never replaces a blob: an existing one is ErrExists whatever cond says. Metadata is fixed at
+	// creation, its keys are [a-z][a-z0-9_]*.
 	CreatePages(ctx context.Context, name string, size int64, metadata map[string]string, cond Conditions) (Properties, error)
-	// WritePages writes page-aligned data of at most MaxPageWrite bytes.
+	// WritePages writes page-aligned data of at most MaxPageWrite bytes. It is durable only once a later
+	// SetSequence returned. The ETag changes with every write, also one whose writer died half-way, so
+	// an ETag read before it never matches again. With several writes in flight the ETags returned are
+	// of no use to IfMatch: take the one that SetSequence returns.
 	WritePages(ctx context.Context, name string, offset int64, data []byte, cond Conditions) (Properties, error)
 	// ClearPages zeroes a page-aligned range of any length and frees its space.
 	ClearPages(ctx context.Context, name string, offset, length int64, cond Conditions) (Properties, error)
 	// ReadPages fills buf from offset of the blob or its snapshot; pages never written read as zeros.
+	// Offset and length need not be aligned; a range that leaves the blob is ErrInvalid. Reading the live
+	// blob while pages of the range are written may see part of a write.
 	ReadPages(ctx context.Context, name string, snapshot SnapshotID, offset int64, buf []byte) error
 	// PageRanges yields the written ranges within [offset, offset+length), in order; a range may
 	// contain zeros, but nothing outside the yielded ranges is non-zero.
@@ -125,7 +135,9 @@ type Container interface {
 	// SetSequence sets the page blob's sequence number, durably ordered after every page write
 	// that returned before the call.
 	SetSequence(ctx context.Context, name string, n int64, cond Conditions) (Properties, error)
-	// SnapshotPages freezes the page blob's present content under a new id. The blob's own ETag does not change.
+	// SnapshotPages freezes the page blob's present content, size and sequence number under a new id,
+	// durably. Ids of one blob sort by age. The blob's own ETag does not change. Nil metadata copies the
+	// blob's. A leased blob needs no lease id here; one that is given must be held.
 	SnapshotPages(ctx context.Context, name string, metadata map[string]string, cond Conditions) (SnapshotID, Properties, error)
 	// ListSnapshots yields the snapshots of one page blob, oldest first.
 	ListSnapshots(ctx context.Context, name string) iter.Seq2[Properties, error]
@@ -133,13 +145,15 @@ type Container interface {
 	DeleteSnapshot(ctx context.Context, name string, snapshot SnapshotID) error
 
 	// AcquireLease takes the blob's lease under the proposed id, or answers ErrLeaseConflict while another
-	// holds it. Acquiring again with the same id renews it. duration is 15 s to 60 s.
+	// holds it. Acquiring again with the same id renews it. duration is 15 s to 60 s, by storage time.
+	// Lease calls never change the ETag.
 	AcquireLease(ctx context.Context, name string, id LeaseID, duration time.Duration) error
-	// RenewLease extends the lease; ErrLeaseConflict when it is no longer the holder's.
+	// RenewLease extends the lease by its duration; ErrLeaseConflict when it is no longer the holder's.
+	// Whether an expired lease that nobody else took can be renewed differs by backend: acquire it again.
 	RenewLease(ctx context.Context, name string, id LeaseID) error
 	// ReleaseLease ends the holder's lease.
 	ReleaseLease(ctx context.Context, name string, id LeaseID) error
-	// BreakLease ends whoever's lease at once.
+	// BreakLease ends whoever's lease at once; it is success when there is none.
 	BreakLease(ctx context.Context, name string) error
 }
 
