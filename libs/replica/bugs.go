@@ -1,0 +1,16 @@
+package replica
+
+// bugs are switches that break one invariant each. They exist so that the model test can show that it would
+// notice; only tests in this package can set them.
+type bugs struct {
+	ProgressBeforePages        bool // I10: at rest is set before the pages
+	BatchMarkWithoutLowerBound bool // I10: a redo believes that all but the last manifest of the batch is applied
+	NoLeaseNoNumber            bool // I11: writes carry neither lease id nor number
+	CheckpointUnfinished       bool // I14: a checkpoint does not ask whether the disks are at rest
+	ManifestBeforeSegments     bool // I1
+	StaleTask                  bool // I3: the ordinal of a point is not compared
+	NoPassOrdinal              bool // I4: the ordinal of a pass is not compared
+	HalfPass                   bool // I5: the first task completes a pass
+	SelfRaisedEpoch            bool // I3: the worker takes the head's epoch when its own is lower
+	NoEpoch, NoOpen            bool // I3: the epoch rule off, the open rule off
+}

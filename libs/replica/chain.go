@@ -1,0 +1,230 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+)
+
+// Entry is what the chain keeps in memory of each manifest.
+type Entry struct {
+	Seq         Seq
+	Kind        Kind
+	Ordinal     Ordinal // of a point or pass
+	CutTime     time.Time
+	Consistency Consistency
+	Bytes       int64 // stored bytes of its segments
+
+	disks map[string]DiskState // at this manifest; shared between entries, never changed
+}
+
+// Bounds of the cache of decoded manifests: enough for one batch of an applier.
+const (
+	maxCachedManifests     = 1024
+	maxCachedManifestBytes = 16 << 20
+)
+
+// chain is the verified chain in memory.
+type chain struct {
+	state     State
+	entries   []Entry // ascending; holes where ranges are retired
+	retention *Retention
+
+	cache      map[Seq]cachedManifest
+	cacheOrder []Seq
+	cacheBytes int
+}
+
+type cachedManifest struct {
+	m     *Manifest
+	bytes int
+}
+
+func (c *chain) reset(to *State) {
+	*c = chain{retention: c.retention}
+	if to != nil {
+		c.state = *to
+	}
+}
+
+// entry finds a manifest that is in the chain.
+func (c *chain) entry(s Seq) (*Entry, bool) {
+	i, ok := slices.BinarySearchFunc(c.entries, s, func(e Entry, s Seq) int {
+		switch {
+		case e.Seq < s:
+			return -1
+		case e.Seq > s:
+			return 1
+		}
+		return 0
+	})
+	if !ok {
+		return nil, false
+	}
+	return &c.entries[i], true
+}
+
+// above yields the index of the first entry above s.
+func (c *chain) above(s Seq) int {
+	i, _ := slices.BinarySearchFunc(c.entries, s+1, func(e Entry, s Seq) int {
+		if e.Seq < s {
+			return -1
+		}
+		if e.Seq > s {
+			return 1
+		}
+		return 0
+	})
+	return i
+}
+
+// add verifies and appends the manifest after the head.
+func (c *chain) add(body []byte, lineage Lineage, b *bugs) error {
+	m, err := DecodeManifest(body)
+	if err != nil {
+		return fmt.Errorf("manifest %d: %w: %w", c.state.Head+1, ErrCorrupt, err)
+	}
+	if m.Lineage != lineage {
+		return fmt.Errorf("manifest %d is of lineage %s: %w", m.Seq, m.Lineage, ErrCorrupt)
+	}
+	if err := c.state.next(m, hashHex(body), b); err != nil {
+		return err
+	}
+	e := Entry{Seq: m.Seq, Kind: m.Kind, Ordinal: m.Ordinal(), CutTime: m.CutTime, Consistency: m.Consistency, disks: c.state.disks}
+	for _, d := range m.Disks {
+		for _, s := range d.Segments {
+			e.Bytes += s.Bytes
+		}
+	}
+	c.entries = append(c.entries, e)
+	c.remember(m, len(body))
+	return nil
+}
+
+func (c *chain) remember(m *Manifest, size int) {
+	if c.cache == nil {
+		c.cache = map[Seq]cachedManifest{}
+	}
+	if _, ok := c.cache[m.Seq]; ok {
+		return
+	}
+	c.cache[m.Seq] = cachedManifest{m, size}
+	c.cacheOrder = append(c.cacheOrder, m.Seq)
+	c.cacheBytes += size
+	for len(c.cacheOrder) > 1 && (len(c.cacheOrder) > maxCachedManifests || c.cacheBytes > maxCachedManifestBytes) {
+		c.cacheBytes -= c.cache[c.cacheOrder[0]].bytes
+		delete(c.cache, c.cacheOrder[0])
+		c.cacheOrder = c.cacheOrder[1:]
+	}
+}
+
+// refresh brings the chain up to storage's head. The caller holds the turn (or owns r alone).
+func (r *Replica) refresh(ctx context.Context) error {
+	const tries = 4 // a floor may rise while the log is listed, but not four times in one refresh
+	for range tries {
+		again, err := r.refreshOnce(ctx)
+		if err != nil || !again {
+			return err
+		}
+	}
+	return fmt.Errorf("chain of lineage %s has a gap after manifest %d: %w", r.lineage, r.chain.state.Head, ErrCorrupt)
+}
+
+// refreshOnce reports again when the log did not connect to what is known: retention may have moved meanwhile.
+func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
+	ret, err := r.readRetention(ctx)
+	if err != nil {
+		return false, err
+	}
+	r.obey(ret)
+	for p, err := range r.journal.List(ctx, logPrefix, manifestName(r.chain.state.Head)) {
+		if errors.Is(err, blobstore.ErrNotFound) && r.chain.state.Head == 0 {
+			return false, fmt.Errorf("lineage %s: %w", r.lineage, ErrNoLineage)
+		}
+		if err != nil {
+			return false, fmt.Errorf("list manifests: %w", err)
+		}
+		seq, ok := seqOfName(p.Name, logPrefix)
+		if !ok {
+			return false, fmt.Errorf("object %s in the log: %w", p.Name, ErrCorrupt)
+		}
+		// A listing may miss a name that appeared while it ran although it shows a later one: read up to seq.
+		for {
+			if a, in := ret.anchorFor(r.chain.state.Head + 1); in {
+				r.chain.jump(a, ret)
+			}
+			next := r.chain.state.Head + 1
+			if seq < next {
+				break
+			}
+			body, err := readAll(ctx, r.journal, manifestName(next), MaxManifest)
+			if errors.Is(err, blobstore.ErrNotFound) {
+				return true, nil
+			}
+			if err != nil {
+				return false, fmt.Errorf("read manifest %d: %w", next, err)
+			}
+			if err := r.chain.add(body, r.lineage, &r.bugs); err != nil {
+				return false, err
+			}
+		}
+	}
+	if a, in := ret.anchorFor(r.chain.state.Head + 1); in {
+		r.chain.jump(a, ret)
+	}
+	return false, nil
+}
+
+// obey makes the chain forget what the record retires. A chain that reaches above all of it only loses entries.
+func (r *Replica) obey(ret *Retention) {
+	c := &r.chain
+	c.retention = ret
+	if ret == nil {
+		return
+	}
+	if ret.Floor > c.state.Head {
+		c.reset(ret.Anchor.state(ret.Floor))
+	}
+	c.state.Floor = ret.Floor
+	for o, s := range c.state.points {
+		if ret.Retires(s) {
+			delete(c.state.points, o)
+		}
+	}
+	c.entries = slices.DeleteFunc(c.entries, func(e Entry) bool { return ret.Retires(e.Seq) })
+}
+
+// jump goes on from an anchor above the head, keeping the entries below it.
+func (c *chain) jump(a *Anchor, ret *Retention) {
+	st := a.state(ret.Floor)
+	for o, s := range c.state.points {
+		if !ret.Retires(s) {
+			st.points[o] = s
+		}
+	}
+	c.state = *st
+}
+
+// manifest reads a manifest of the chain, from the cache or storage. The caller holds the turn.
+func (r *Replica) manifest(ctx context.Context, seq Seq) (*Manifest, error) {
+	if _, ok := r.chain.entry(seq); !ok {
+		return nil, fmt.Errorf("manifest %d of lineage %s: %w", seq, r.lineage, ErrNotFound)
+	}
+	if c, ok := r.chain.cache[seq]; ok {
+		return c.m, nil
+	}
+	body, err := readAll(ctx, r.journal, manifestName(seq), MaxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("read manifest %d: %w", seq, err)
+	}
+	m, err := DecodeManifest(body)
+	if err != nil || m.Seq != seq || m.Lineage != r.lineage {
+		return nil, fmt.Errorf("read manifest %d: %w: %w", seq, ErrCorrupt, err)
+	}
+	r.chain.remember(m, len(body))
+	return m, nil
+}
