@@ -3,8 +3,11 @@ package rpc
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/credentials"
 
@@ -19,6 +22,9 @@ type transport struct {
 	// trust, for clients, remembers why the last handshake failed.
 	trust *trust
 }
+
+// inProcess is a connection that cannot leave the process and knows who dialled it.
+type inProcess interface{ speaksFor() Peer }
 
 var errNoCertificate = errors.New("this program has no certificate: only in-memory connections are possible")
 
@@ -40,16 +46,18 @@ func clientCredentials(id Identity, check func(Peer) error) *transport {
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (t *transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if m, ok := raw.(*memConn); ok {
-		return m, memInfo(m.dialer), nil
+	if m, ok := raw.(inProcess); ok {
+		return raw, memInfo(m.speaksFor()), nil
 	}
 	if t.tls == nil {
 		return nil, nil, errNoCertificate
 	}
-	conn, info, err := t.tls.ServerHandshake(raw)
+	gentle := &gentleConn{Conn: raw}
+	conn, info, err := t.tls.ServerHandshake(gentle)
 	if err != nil {
 		return nil, nil, err
 	}
+	gentle.greeted.Store(true)
 	auth, err := tlsInfo(info)
 	if err != nil {
 		return nil, nil, errors.Join(err, conn.Close())
@@ -59,8 +67,8 @@ func (t *transport) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInf
 
 // ClientHandshake implements credentials.TransportCredentials.
 func (t *transport) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if m, ok := raw.(*memConn); ok {
-		return m, memInfo(Peer{}), nil
+	if _, ok := raw.(inProcess); ok {
+		return raw, memInfo(Peer{}), nil
 	}
 	if t.tls == nil {
 		return nil, nil, errNoCertificate
@@ -114,6 +122,27 @@ func tlsInfo(info credentials.AuthInfo) (authInfo, error) {
 		return authInfo{}, err
 	}
 	return authInfo{CommonAuthInfo: state.CommonAuthInfo, kind: "tls", peer: id}, nil
+}
+
+// gentleConn closes a connection whose handshake was refused so that the alert arrives: a plain close
+// with unread bytes resets the connection, and the client would see only that.
+type gentleConn struct {
+	net.Conn
+	greeted atomic.Bool
+}
+
+const (
+	gentleTime  = 500 * time.Millisecond
+	gentleBytes = 64 << 10
+)
+
+func (c *gentleConn) Close() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok && !c.greeted.Load() {
+		if half.CloseWrite() == nil && c.SetReadDeadline(time.Now().Add(gentleTime)) == nil {
+			_, _ = io.CopyN(io.Discard, c.Conn, gentleBytes)
+		}
+	}
+	return c.Conn.Close()
 }
 
 // trust holds the newest failure of a client's handshakes that is about certificates, so that the

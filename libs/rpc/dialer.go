@@ -15,6 +15,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/keepalive"
@@ -29,6 +30,10 @@ import (
 	"github.com/landfall-dr/landfall/libs/errcat"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
+
+// maxReconnectDelay is the longest pause between attempts to connect: a service that comes back should
+// be found within seconds, and there are never so many clients that this hurts it.
+const maxReconnectDelay = 5 * time.Second
 
 // DialerOptions is what connections are built from.
 type DialerOptions struct {
@@ -160,6 +165,10 @@ func (d *Dialer) dial(key connKey) (*Conn, error) {
 		grpc.WithDefaultServiceConfig(d.service),
 		grpc.WithDisableServiceConfig(), // the resolver's; ours stands
 		grpc.WithSharedWriteBuffer(true),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxReconnectDelay},
+			MinConnectTimeout: hostProbeTimeout,
+		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
 	}
 	if IsMemory(key.address) {

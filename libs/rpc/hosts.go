@@ -106,8 +106,9 @@ func (h *Hosts) probe(ctx context.Context, conn *Conn) error {
 		return nil
 	}
 	h.dialer.drop(conn)
-	if ctx.Err() == nil && probeCtx.Err() != nil {
-		err = errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_HOST_UNREACHABLE, err, "reach %s", conn.key.address)
+	// Cancelled although the caller still waits: another caller's probe found the same and dropped it.
+	if ctx.Err() == nil && (probeCtx.Err() != nil || errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_CANCELLED)) {
+		err = errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_HOST_UNREACHABLE, errors.New(err.Error()), "reach %s", conn.key.address)
 	}
 	return err
 }

@@ -32,6 +32,8 @@ func memPipe(addr memAddr, dialer Peer) (client, server *memConn) {
 	return client, server
 }
 
+func (c *memConn) speaksFor() Peer { return c.dialer }
+
 func (c *memConn) Read(b []byte) (int, error)  { return c.in.read(b) }
 func (c *memConn) Write(b []byte) (int, error) { return c.out.write(b) }
 
