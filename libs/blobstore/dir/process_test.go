@@ -1,0 +1,3 @@
+package dir
+
+func child() bool { return false }
