@@ -20,7 +20,10 @@ const (
 	kvHeader = 1 + kvNonce
 
 	// writeTries bounds how often a write with an unknown outcome is repeated.
-	writeTries = 4
+	writeTries = 5
+	// tryTimeout bounds one of them: repeating is safe, so waiting long for an
+	// answer that went down with a connection is not worth it.
+	tryTimeout = 2 * time.Second
 	// mutateTries bounds how often Mutate starts again after another writer won.
 	mutateTries = 32
 )
@@ -220,7 +223,7 @@ func (k *KV[T]) write(
 	}
 	var last error
 	for range writeTries {
-		try, cancel := context.WithTimeout(ctx, requestTimeout)
+		try, cancel := context.WithTimeout(ctx, tryTimeout)
 		rev, err := put(try, data)
 		cancel()
 		switch {
@@ -252,7 +255,7 @@ func (k *KV[T]) write(
 // find looks for the write of nonce among the kept revisions. complete is false
 // if a revision between base and the oldest kept one may have been ours.
 func (k *KV[T]) find(ctx context.Context, key string, nonce []byte, base uint64) (rev uint64, found, complete bool, err error) {
-	try, cancel := context.WithTimeout(ctx, requestTimeout)
+	try, cancel := context.WithTimeout(ctx, tryTimeout)
 	defer cancel()
 	history, err := k.kv.History(try, key)
 	if errors.Is(err, jetstream.ErrKeyNotFound) {
@@ -280,7 +283,7 @@ func (k *KV[T]) Delete(ctx context.Context, key string, rev uint64) error {
 	}
 	var last error
 	for range writeTries {
-		try, cancel := context.WithTimeout(ctx, requestTimeout)
+		try, cancel := context.WithTimeout(ctx, tryTimeout)
 		err := k.kv.Purge(try, key, jetstream.LastRevision(rev), jetstream.PurgeTTL(kvMarkerAge))
 		cancel()
 		if err == nil {
