@@ -13,6 +13,12 @@ type counters struct{ f *os.File }
 
 func mapCounters(f *os.File) (*counters, error) { return &counters{f}, nil }
 
+// slots reads both slots.
+func (c *counters) slots(buf *[2 * slotBytes]byte) error {
+	_, err := c.f.ReadAt(buf[:], 0)
+	return err
+}
+
 func (c *counters) get(at int) (uint64, error) {
 	var b [8]byte
 	_, err := c.f.ReadAt(b[:], int64(at))

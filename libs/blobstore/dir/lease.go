@@ -94,7 +94,7 @@ func (c *container) changeLease(ctx context.Context, op, name string, fn func(le
 		return c.wrap(op, name, err)
 	}
 	defer h.put()
-	st, err := readState(h.state)
+	st, err := h.count.readState()
 	if err != nil {
 		return c.wrap(op, name, err)
 	}

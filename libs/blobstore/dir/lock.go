@@ -11,7 +11,7 @@ import (
 )
 
 // Every blob name owns four bytes of the lock file, at an offset made from the name's hash (two names
-// that collide only wait for each other). They are always taken in this order:
+// that collide only wait for each other). Exclusive holders take them in this order:
 //
 //	lockGate   turnstile before lockData: whoever wants lockData exclusively holds it while it waits, so
 //	           that an endless stream of page writes cannot starve it
@@ -20,11 +20,12 @@ import (
 //	lockState  shared: page writes. Exclusive: whoever changes what conditions look at, leases included
 //
 // A lease call takes only lockGate2 and lockState, so a lease is renewed while a snapshot is copied.
-// A page write takes all four without waiting or none, then gives the turnstiles back.
+// A page write takes all four at once or none, without waiting, then gives the turnstiles back: three
+// system calls, because the bytes are neighbours.
 const (
 	lockGate = iota
-	lockData
 	lockGate2
+	lockData
 	lockState
 	lockBytes
 )
@@ -71,13 +72,7 @@ func (g *guard) release() {
 	if g.f == nil {
 		return
 	}
-	clean := true
-	for i := range g.held {
-		if g.held[i] {
-			clean = g.drop(i) == nil && clean
-		}
-	}
-	if clean && !g.s.closed.Load() {
+	if unlockHeld(g.f, g.base, &g.held) == nil && !g.s.closed.Load() {
 		select {
 		case g.s.locks <- g.f:
 			g.f = nil
@@ -91,11 +86,11 @@ func (g *guard) release() {
 
 func (g *guard) drop(i int) error {
 	g.held[i] = false
-	return unlock(g.f, g.base+int64(i))
+	return unlock(g.f, g.base+int64(i), 1)
 }
 
 func (g *guard) try(i int, exclusive bool) (bool, error) {
-	ok, err := tryLock(g.f, g.base+int64(i), exclusive)
+	ok, err := tryLock(g.f, g.base+int64(i), 1, exclusive)
 	g.held[i] = ok && err == nil
 	return g.held[i], err
 }
@@ -138,22 +133,11 @@ func (s *Store) lockShared(ctx context.Context, container, name string) (*guard,
 		return nil, err
 	}
 	for attempt := 0; ; attempt++ {
-		ok := true
-		for i := 0; i < lockBytes && ok && err == nil; i++ {
-			ok, err = g.try(i, false)
-		}
+		ok, err := tryLock(g.f, g.base, lockBytes, false)
 		if ok && err == nil {
-			err = g.drop(lockGate)
-			if err == nil {
-				err = g.drop(lockGate2)
-			}
-			if err == nil {
+			g.held = [lockBytes]bool{lockData: true, lockState: true}
+			if err = unlock(g.f, g.base+lockGate, 2); err == nil {
 				return g, nil
-			}
-		}
-		for i := range g.held {
-			if g.held[i] {
-				_ = g.drop(i)
 			}
 		}
 		if err == nil {

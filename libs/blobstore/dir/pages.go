@@ -209,7 +209,7 @@ func (h *handle) properties(name string) (blobstore.Properties, error) {
 	finished, err1 := h.count.get(wordFinished)
 	started, err2 := h.count.get(wordStarted)
 	modified, err3 := h.count.get(wordModified)
-	st, err4 := readState(h.state)
+	st, err4 := h.count.readState()
 	return h.meta.properties(name, st, started, finished, modified), errors.Join(err1, err2, err3, err4)
 }
 
@@ -229,7 +229,7 @@ func (c *container) statPages(ctx context.Context, r ref, snapshot blobstore.Sna
 // died, and counters that a power loss may have taken back, become a new generation, so that an ETag
 // that was read while a write was under way never matches afterwards.
 func (s *Store) settle(h *handle, cond blobstore.Conditions, needLease bool) (pageState, error) {
-	st, err := readState(h.state)
+	st, err := h.count.readState()
 	if err != nil {
 		return st, err
 	}
@@ -310,7 +310,7 @@ func (c *container) writeOnce(ctx context.Context, r ref, cond blobstore.Conditi
 			}
 		}
 	} else {
-		if st, err = readState(h.state); err != nil {
+		if st, err = h.count.readState(); err != nil {
 			return p, false, err
 		}
 		if err := c.s.checkLease(st.lease, st.leaseEnd, cond.Lease, true); err != nil {
@@ -331,8 +331,9 @@ func (c *container) writeOnce(ctx context.Context, r ref, cond blobstore.Conditi
 	if err := errors.Join(werr, h.count.set(wordModified, uint64(now)), h.count.add(wordFinished)); err != nil {
 		return p, false, err
 	}
-	p, err = h.properties(r.name)
-	return p, false, err
+	finished, err1 := h.count.get(wordFinished)
+	started, err2 := h.count.get(wordStarted)
+	return h.meta.properties(r.name, st, started, finished, uint64(now)), false, errors.Join(err1, err2)
 }
 
 // WritePages writes into the page cache; SetSequence makes it durable.
@@ -490,7 +491,7 @@ func (c *container) preflush(ctx context.Context, r ref) error {
 		return err
 	}
 	defer h.put()
-	st, err := readState(h.state)
+	st, err := h.count.readState()
 	if err != nil || !st.dirty {
 		return err
 	}

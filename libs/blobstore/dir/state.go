@@ -91,10 +91,10 @@ func decodeSlot(b []byte) (p pageState, ok bool) {
 var errDamaged = errors.New("state file is damaged")
 
 // readState returns the newest whole slot. It needs no lock: a slot being written is not yet the newest.
-func readState(f *os.File) (pageState, error) {
+func (c *counters) readState() (pageState, error) {
 	var buf [2 * slotBytes]byte
 	for range 100 {
-		if _, err := f.ReadAt(buf[:], 0); err != nil {
+		if err := c.slots(&buf); err != nil {
 			return pageState{}, err
 		}
 		a, okA := decodeSlot(buf[:slotBytes])

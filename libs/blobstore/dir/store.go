@@ -178,7 +178,7 @@ func (s *Store) openSession() error {
 		if err != nil {
 			return err
 		}
-		ok, err := tryLock(f, sessionOffset(id), true)
+		ok, err := tryLock(f, sessionOffset(id), 1, true)
 		if err != nil || !ok {
 			_ = f.Close()
 			if err != nil {
@@ -215,11 +215,11 @@ func (s *Store) sweep() {
 		if n, err := fmt.Sscanf(e.Name(), "%016x", &id); n != 1 || err != nil {
 			continue
 		}
-		if ok, err := tryLock(f, sessionOffset(id), true); err != nil || !ok {
+		if ok, err := tryLock(f, sessionOffset(id), 1, true); err != nil || !ok {
 			continue
 		}
 		_ = os.RemoveAll(filepath.Join(s.root, tmpDir, e.Name()))
-		_ = unlock(f, sessionOffset(id))
+		_ = unlock(f, sessionOffset(id), 1)
 	}
 }
 

@@ -12,8 +12,8 @@ import (
 // sharedCounters says that page writes of several holders may count at the same time.
 const sharedCounters = true
 
-func lockCall(f *os.File, offset int64, kind int16) error {
-	lk := unix.Flock_t{Type: kind, Whence: 0, Start: offset, Len: 1}
+func lockCall(f *os.File, offset, n int64, kind int16) error {
+	lk := unix.Flock_t{Type: kind, Whence: 0, Start: offset, Len: n}
 	for {
 		err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lk)
 		if !errors.Is(err, unix.EINTR) {
@@ -22,13 +22,13 @@ func lockCall(f *os.File, offset int64, kind int16) error {
 	}
 }
 
-// tryLock locks one byte for this file description without waiting.
-func tryLock(f *os.File, offset int64, exclusive bool) (bool, error) {
+// tryLock locks n bytes for this file description, all or none, without waiting.
+func tryLock(f *os.File, offset, n int64, exclusive bool) (bool, error) {
 	kind := int16(unix.F_RDLCK)
 	if exclusive {
 		kind = unix.F_WRLCK
 	}
-	err := lockCall(f, offset, kind)
+	err := lockCall(f, offset, n, kind)
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		return false, nil
 	}
@@ -38,8 +38,14 @@ func tryLock(f *os.File, offset int64, exclusive bool) (bool, error) {
 	return true, nil
 }
 
-func unlock(f *os.File, offset int64) error {
-	return os.NewSyscallError("unlock", lockCall(f, offset, unix.F_UNLCK))
+func unlock(f *os.File, offset, n int64) error {
+	return os.NewSyscallError("unlock", lockCall(f, offset, n, unix.F_UNLCK))
+}
+
+// unlockHeld drops all of a guard's locks; dropping one that is not held is no error here.
+func unlockHeld(f *os.File, base int64, held *[lockBytes]bool) error {
+	*held = [lockBytes]bool{}
+	return unlock(f, base, lockBytes)
 }
 
 func isFull(err error) bool {
@@ -83,6 +89,12 @@ func mapCounters(f *os.File) (*counters, error) {
 		return nil, os.NewSyscallError("mmap", err)
 	}
 	return &counters{mem}, nil
+}
+
+// slots copies both slots; one that is being written comes out torn and fails its checksum.
+func (c *counters) slots(buf *[2 * slotBytes]byte) error {
+	copy(buf[:], c.mem)
+	return nil
 }
 
 func (c *counters) word(at int) *uint64 { return (*uint64)(unsafe.Pointer(&c.mem[at])) }

@@ -11,24 +11,46 @@ import (
 // sharedCounters: without a shared mapping every page write excludes the others.
 const sharedCounters = false
 
-// tryLock locks one byte for this handle without waiting.
-func tryLock(f *os.File, offset int64, exclusive bool) (bool, error) {
+// tryLock locks n bytes for this handle, all or none, without waiting. Each byte is a region of its own, because
+// a region can only be unlocked as a whole.
+func tryLock(f *os.File, offset, n int64, exclusive bool) (bool, error) {
 	flags := uint32(windows.LOCKFILE_FAIL_IMMEDIATELY)
 	if exclusive {
 		flags |= windows.LOCKFILE_EXCLUSIVE_LOCK
 	}
-	err := windows.LockFileEx(windows.Handle(f.Fd()), flags, 0, 1, 0, overlapped(offset))
-	if errors.Is(err, windows.ERROR_LOCK_VIOLATION) || errors.Is(err, windows.ERROR_IO_PENDING) {
-		return false, nil
-	}
-	if err != nil {
-		return false, os.NewSyscallError("LockFileEx", err)
+	for i := range n {
+		err := windows.LockFileEx(windows.Handle(f.Fd()), flags, 0, 1, 0, overlapped(offset+i))
+		if err == nil {
+			continue
+		}
+		uerr := unlock(f, offset, i)
+		if errors.Is(err, windows.ERROR_LOCK_VIOLATION) || errors.Is(err, windows.ERROR_IO_PENDING) {
+			return false, uerr
+		}
+		return false, errors.Join(os.NewSyscallError("LockFileEx", err), uerr)
 	}
 	return true, nil
 }
 
-func unlock(f *os.File, offset int64) error {
-	return os.NewSyscallError("UnlockFileEx", windows.UnlockFileEx(windows.Handle(f.Fd()), 0, 1, 0, overlapped(offset)))
+func unlock(f *os.File, offset, n int64) error {
+	var errs error
+	for i := range n {
+		err := windows.UnlockFileEx(windows.Handle(f.Fd()), 0, 1, 0, overlapped(offset+i))
+		errs = errors.Join(errs, os.NewSyscallError("UnlockFileEx", err))
+	}
+	return errs
+}
+
+// unlockHeld drops all of a guard's locks.
+func unlockHeld(f *os.File, base int64, held *[lockBytes]bool) error {
+	var errs error
+	for i, is := range held {
+		if is {
+			errs = errors.Join(errs, unlock(f, base+int64(i), 1))
+		}
+	}
+	*held = [lockBytes]bool{}
+	return errs
 }
 
 func overlapped(offset int64) *windows.Overlapped {
