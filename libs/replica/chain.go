@@ -222,9 +222,24 @@ func (r *Replica) manifest(ctx context.Context, seq Seq) (*Manifest, error) {
 		return nil, fmt.Errorf("read manifest %d: %w", seq, err)
 	}
 	m, err := DecodeManifest(body)
-	if err != nil || m.Seq != seq || m.Lineage != r.lineage {
+	if err != nil {
 		return nil, fmt.Errorf("read manifest %d: %w: %w", seq, ErrCorrupt, err)
+	}
+	if m.Seq != seq || m.Lineage != r.lineage {
+		return nil, fmt.Errorf("manifest %d holds %d of lineage %s: %w", seq, m.Seq, m.Lineage, ErrCorrupt)
 	}
 	r.chain.remember(m, len(body))
 	return m, nil
+}
+
+// snapshotChain refreshes and returns the state and a copy of the entries.
+func (r *Replica) snapshotChain(ctx context.Context) (*State, []Entry, error) {
+	if err := r.lock(ctx); err != nil {
+		return nil, nil, err
+	}
+	defer r.unlock()
+	if err := r.refresh(ctx); err != nil {
+		return nil, nil, err
+	}
+	return r.chain.state.clone(), slices.Clone(r.chain.entries), nil
 }

@@ -2,7 +2,6 @@ package replica
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"iter"
 	"strings"
@@ -20,6 +19,7 @@ type Replica struct {
 	// turn is a lock of one slot that honours a context; it guards everything below.
 	turn  chan struct{}
 	chain chain
+	ckpts map[Seq]*CheckpointRecord // cache of immutable records
 
 	bugs    bugs
 	pending []pendingPut // only with bugs.ManifestBeforeSegments
@@ -161,11 +161,10 @@ func (r *Replica) Points(ctx context.Context) ([]Point, error) {
 		return nil, err
 	}
 	processed, err := r.processed(ctx)
-	if err != nil && !errors.Is(err, blobstore.ErrNotFound) {
+	if err != nil {
 		return nil, fmt.Errorf("list points: %w", err)
 	}
-	ckpts, err := r.checkpointSeqs(ctx)
-	if err != nil {
+	if _, err := r.checkpoints(ctx); err != nil {
 		return nil, fmt.Errorf("list points: %w", err)
 	}
 	var out []Point
@@ -174,7 +173,7 @@ func (r *Replica) Points(ctx context.Context) ([]Point, error) {
 			continue
 		}
 		out = append(out, Point{Ordinal: e.Ordinal, Seq: e.Seq, Kind: e.Kind, CutTime: e.CutTime, Consistency: e.Consistency,
-			Bytes: e.Bytes, Processed: e.Seq <= processed, Checkpointed: ckpts[e.Seq]})
+			Bytes: e.Bytes, Processed: e.Seq <= processed, Checkpointed: r.ckpts[e.Seq] != nil && !r.ckpts[e.Seq].Void})
 	}
 	return out, nil
 }

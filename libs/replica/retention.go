@@ -133,7 +133,7 @@ func (a *Anchor) validate(at Seq) error {
 	return nil
 }
 
-// Retires reports whether the manifest number is no part of the chain (rule 8).
+// Retires reports whether the manifest number is no part of the chain (rule 8). A nil record retires nothing.
 func (ret *Retention) Retires(s Seq) bool {
 	_, in := ret.anchorFor(s)
 	return in

@@ -174,6 +174,12 @@ func (s *State) admit(m *Manifest, b *bugs) (dup Seq, err error) {
 	case m.Open != s.Open && !b.NoOpen:
 		return 0, fmt.Errorf("ordinal %d: names open %d, newest is %d: %w", o, m.Open, s.Open, ErrStaleOpen)
 	}
+	for _, d := range m.Disks {
+		if have, ok := s.disks[d.ID]; ok && (d.Gen < have.Gen || d.Gen == have.Gen && d.Size != have.Size) {
+			return 0, fmt.Errorf("ordinal %d: disk %s generation %d of %d bytes, chain has %d of %d: %w",
+				o, d.ID, d.Gen, d.Size, have.Gen, have.Size, ErrInvalid)
+		}
+	}
 	if m.Kind == KindPartial {
 		return 0, s.admitPartial(m, b)
 	}

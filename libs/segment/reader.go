@@ -253,3 +253,12 @@ func (s *Reader) Range(off, length int64, fn func(off, n int64, data []byte) err
 	}
 	return nil
 }
+
+// StoredEnd is where the frames end in the object.
+func (ix *Index) StoredEnd() int64 {
+	if len(ix.frames) == 0 {
+		return headerSize
+	}
+	f := ix.frames[len(ix.frames)-1]
+	return f.off + int64(f.stored)
+}
