@@ -1,0 +1,51 @@
+package failoverorchestrator
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Config of the failover-orchestrator.
+type Config struct {
+	// Site whose failovers this instance runs.
+	Site string `koanf:"site"`
+	// Workers is how many failovers run at once.
+	Workers int `koanf:"workers"`
+	// Parallel is how many ranges one failover reads at once.
+	Parallel int `koanf:"parallel"`
+	// LeaseTTL is how long a dead orchestrator keeps its standby waiting.
+	LeaseTTL time.Duration `koanf:"lease_ttl"`
+	// RetryDelay is the pause after a failed attempt to reach storage or the bus.
+	RetryDelay time.Duration `koanf:"retry_delay"`
+	// Attempts is how often a step is tried before the failover fails.
+	Attempts int `koanf:"attempts"`
+}
+
+// Default is a sensible configuration.
+func Default() Config {
+	return Config{Site: "local", Workers: 2, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5}
+}
+
+// Validate reports all problems at once, each with its key.
+func (c Config) Validate() error {
+	var problems []error
+	between := func(key string, v, low, high int) {
+		if v < low || v > high {
+			problems = append(problems, fmt.Errorf("%s: %d must be %d to %d", key, v, low, high))
+		}
+	}
+	if c.Site == "" {
+		problems = append(problems, errors.New("site: must not be empty"))
+	}
+	between("workers", c.Workers, 1, 64)
+	between("parallel", c.Parallel, 1, 64)
+	between("attempts", c.Attempts, 1, 100)
+	if c.LeaseTTL < time.Second || c.LeaseTTL > 10*time.Minute {
+		problems = append(problems, fmt.Errorf("lease_ttl: %s must be 1s to 10m", c.LeaseTTL))
+	}
+	if c.RetryDelay <= 0 || c.RetryDelay > time.Minute {
+		problems = append(problems, fmt.Errorf("retry_delay: %s must be above 0 and at most 1m", c.RetryDelay))
+	}
+	return errors.Join(problems...)
+}

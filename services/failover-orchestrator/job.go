@@ -1,0 +1,120 @@
+package failoverorchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/errcat"
+	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+// owner is the service name in the jobs that this service writes.
+const owner = "failover-orchestrator"
+
+// Steps of a test failover and of its clean-up, in order.
+const (
+	stepCheck       = "check-target"
+	stepClaim       = "claim-target"
+	stepMaterialise = "materialise-disks"
+	stepDescribe    = "describe-machine"
+	stepRemove      = "remove-copy"
+)
+
+var (
+	testSteps = []*typesv1.JobStep{
+		{Id: stepCheck, Title: "Check the target folder"},
+		{Id: stepClaim, Title: "Claim the target folder"},
+		{Id: stepMaterialise, Title: "Write the disks of the recovery point"},
+		{Id: stepDescribe, Title: "Describe the machine"},
+	}
+	cleanupSteps = []*typesv1.JobStep{{Id: stepRemove, Title: "Remove what the test failover made"}}
+)
+
+func newJob(name string, kind typesv1.JobKind, target, by, request string, now *timestamppb.Timestamp, steps []*typesv1.JobStep) *typesv1.Job {
+	j := &typesv1.Job{Name: name, Kind: kind, Target: target, State: typesv1.JobState_JOB_STATE_NOT_STARTED, CreateTime: now, RequestedBy: by, Owner: owner, RequestId: request}
+	for _, s := range steps {
+		j.Steps = append(j.Steps, &typesv1.JobStep{Id: s.Id, Title: s.Title, State: typesv1.JobState_JOB_STATE_NOT_STARTED})
+	}
+	return j
+}
+
+// ensureJob makes the job's record exist: the failover's record is written first, so a kill may have left it out.
+func (s *Service) ensureJob(ctx context.Context, j *typesv1.Job) error {
+	_, err := s.jobs.Create(ctx, jobKey(j.Name), j)
+	if err != nil && !errors.Is(err, bus.ErrExists) {
+		return fmt.Errorf("create job: %w", err)
+	}
+	return nil
+}
+
+func jobKey(name string) string { return bus.Key(lastPart(name)) }
+
+// job changes a job's record; an ended job is left as it is.
+func (s *Service) job(ctx context.Context, name string, change func(j *typesv1.Job)) (*typesv1.Job, error) {
+	j, rev, err := s.jobs.Mutate(ctx, jobKey(name), func(j *typesv1.Job) error {
+		if j.EndTime != nil {
+			return bus.NoChange
+		}
+		change(j)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("write job: %w", err)
+	}
+	j.Revision = rev
+	return j, nil
+}
+
+// step moves one step of a job.
+func (s *Service) step(ctx context.Context, job, id string, state typesv1.JobState, detail string) error {
+	now := timestamppb.New(s.deps.Clock())
+	_, err := s.job(ctx, job, func(j *typesv1.Job) {
+		if j.StartTime == nil {
+			j.StartTime = now
+		}
+		j.State = typesv1.JobState_JOB_STATE_IN_PROGRESS
+		for _, st := range j.Steps {
+			if st.Id != id {
+				continue
+			}
+			st.State, st.Detail = state, detail
+			if st.StartTime == nil {
+				st.StartTime = now
+			}
+			if state != typesv1.JobState_JOB_STATE_IN_PROGRESS {
+				st.EndTime = now
+			}
+		}
+	})
+	return err
+}
+
+// endJob ends a job, with an error or without, and tells everybody.
+func (s *Service) endJob(ctx context.Context, name string, cause error, result func(*typesv1.Job)) error {
+	now := timestamppb.New(s.deps.Clock())
+	j, err := s.job(ctx, name, func(j *typesv1.Job) {
+		j.EndTime = now
+		j.State = typesv1.JobState_JOB_STATE_SUCCEEDED
+		if cause != nil {
+			j.State, j.Error = typesv1.JobState_JOB_STATE_FAILED, errcat.Detail(cause, s.deps.Clock())
+			for _, st := range j.Steps {
+				if st.State == typesv1.JobState_JOB_STATE_IN_PROGRESS {
+					st.State, st.Error, st.EndTime = typesv1.JobState_JOB_STATE_FAILED, j.Error, now
+				}
+			}
+		}
+		if result != nil {
+			result(j)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	s.publish(ctx, "job.changed", j.Target, bus.EventID("job", name, j.State.String()), &eventsv1.JobChanged{Job: j})
+	return nil
+}

@@ -1,0 +1,282 @@
+package failoverorchestrator
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/rpc"
+	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/vhdtarget"
+)
+
+// requests is the name space of failover ids made from request ids, so that a repeated request finds its failover.
+var requests = uuid.MustParse("5d0a0f0e-2d0c-4a39-9f5e-7c1c6a1c5b11")
+
+type server struct {
+	failoverv1.UnimplementedFailoverServiceServer
+	s *Service
+}
+
+// testable are the states in which a test failover is legal (domain: legal actions).
+var testable = []typesv1.ProtectionState{
+	typesv1.ProtectionState_PROTECTION_STATE_PROTECTED, typesv1.ProtectionState_PROTECTION_STATE_PAUSED,
+	typesv1.ProtectionState_PROTECTION_STATE_REPLICATION_ERROR, typesv1.ProtectionState_PROTECTION_STATE_RESYNC_REQUIRED,
+}
+
+func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestFailoverRequest) (*failoverv1.StartTestFailoverResponse, error) {
+	if r.Target != failoverv1.TargetKind_TARGET_KIND_VHD {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_UNSUPPORTED, "this version has target vhd only, not %s", r.Target)
+	}
+	vm, err := h.vm(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	id := uuid.Must(uuid.NewV7()).String()
+	if r.RequestId != "" {
+		id = uuid.NewSHA1(requests, []byte(vm.Name+"\x00"+r.RequestId)).String()
+		if f, _, err := h.s.failovers.Get(ctx, bus.Key(id)); err == nil {
+			return h.started(ctx, f)
+		}
+	}
+	if !slices.Contains(testable, vm.State) {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "a test failover is not possible while %s is %s", vm.DisplayName, stateName(vm.State)).With("state", vm.State.String())
+	}
+	if other, err := h.active(ctx, vm.Name); err != nil {
+		return nil, err
+	} else if other != nil {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_TEST_FAILOVER_ACTIVE, "%s has a test failover already, %s in %s", vm.DisplayName, lastPart(other.Name), other.OutDir).With("failover", other.Name)
+	}
+	folder, err := vhdtarget.New(r.OutDir, id)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := folder.Check(); err != nil {
+		return nil, err
+	}
+	point, err := h.point(ctx, vm, r.Point)
+	if err != nil {
+		return nil, err
+	}
+	if r.ValidateOnly {
+		return &failoverv1.StartTestFailoverResponse{}, nil
+	}
+	f := &failoverv1.Failover{
+		Name: "failovers/" + id, Vm: vm.Name, Lineage: vm.Lineage, State: typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING,
+		Point: uint64(point.Ordinal), CutTime: timestamppb.New(point.CutTime), Target: r.Target, OutDir: folder.Path(),
+		Job: "jobs/" + uuid.Must(uuid.NewV7()).String(), CreateTime: timestamppb.New(h.s.deps.Clock()), Machine: vm.Machine,
+	}
+	if _, err := h.s.failovers.Create(ctx, bus.Key(id), f); errors.Is(err, bus.ErrExists) {
+		if f, _, err = h.s.failovers.Get(ctx, bus.Key(id)); err != nil {
+			return nil, storeError(err)
+		}
+	} else if err != nil {
+		return nil, storeError(err)
+	}
+	job := newJob(f.Job, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, f.Vm, caller(ctx), r.RequestId, f.CreateTime, testSteps)
+	if err := h.s.ensureJob(ctx, job); err != nil {
+		return nil, storeError(err)
+	}
+	h.s.announce(ctx, f, f.State)
+	h.s.poke()
+	return h.started(ctx, f)
+}
+
+func (h *server) started(ctx context.Context, f *failoverv1.Failover) (*failoverv1.StartTestFailoverResponse, error) {
+	j, err := h.readJob(ctx, f.Job)
+	if err != nil {
+		return nil, err
+	}
+	return &failoverv1.StartTestFailoverResponse{Job: j}, nil
+}
+
+func (h *server) readJob(ctx context.Context, name string) (*typesv1.Job, error) {
+	j, rev, err := h.s.jobs.Get(ctx, jobKey(name))
+	if err != nil {
+		return nil, storeError(err)
+	}
+	j.Revision = rev
+	return j, nil
+}
+
+func (h *server) vm(ctx context.Context, name string) (*schedulerv1.ProtectedVm, error) {
+	r, err := h.s.deps.Scheduler.GetProtectedVm(ctx, &schedulerv1.GetProtectedVmRequest{Vm: name})
+	if err != nil {
+		return nil, err
+	}
+	return r.Vm, nil
+}
+
+func (h *server) point(ctx context.Context, vm *schedulerv1.ProtectedVm, s *failoverv1.PointSelector) (replica.Point, error) {
+	lineage, err := replica.ParseLineage(vm.Lineage)
+	if err != nil {
+		return replica.Point{}, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "lineage of %s", vm.DisplayName)
+	}
+	r, err := replica.Open(ctx, h.s.deps.Store, lineage)
+	if err != nil {
+		return replica.Point{}, replicaError(err, "open the replica of %s", vm.DisplayName)
+	}
+	points, err := r.Points(ctx)
+	if err != nil {
+		return replica.Point{}, replicaError(err, "list the recovery points of %s", vm.DisplayName)
+	}
+	return choose(points, s)
+}
+
+// active finds a test failover of the VM that is not cleaned up. One that failed has removed what it made.
+func (h *server) active(ctx context.Context, vm string) (*failoverv1.Failover, error) {
+	entries, err := h.s.failovers.List(ctx, "")
+	if err != nil {
+		return nil, storeError(err)
+	}
+	for _, e := range entries {
+		switch e.Value.State {
+		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
+		default:
+			if e.Value.Vm == vm {
+				return e.Value, nil
+			}
+		}
+	}
+	return nil, nil
+}
+
+func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpTestFailoverRequest) (*failoverv1.CleanUpTestFailoverResponse, error) {
+	name := r.Failover
+	if name == "" {
+		if r.Vm == "" {
+			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "name the VM or the failover")
+		}
+		vm, err := h.vm(ctx, r.Vm)
+		if err != nil {
+			return nil, err
+		}
+		f, err := h.active(ctx, vm.Name)
+		if err != nil {
+			return nil, err
+		}
+		if f == nil {
+			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "%s has no test failover to clean up", vm.DisplayName)
+		}
+		name = f.Name
+	}
+	f, _, err := h.s.failovers.Mutate(ctx, failoverKey(name), func(f *failoverv1.Failover) error {
+		switch f.State {
+		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANUP_FAILED, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
+			f.State, f.Error = typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP, nil
+			f.CleanupJob = "jobs/" + uuid.Must(uuid.NewV7()).String()
+			return nil
+		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP:
+			return bus.NoChange
+		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE:
+			if f.CleanupJob != "" {
+				return bus.NoChange // done: the same job is the answer
+			}
+		}
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "the test failover is %s: it cannot be cleaned up yet", outcome(f.State))
+	})
+	if errors.Is(err, bus.ErrNotFound) {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "there is no failover %s", lastPart(name))
+	}
+	if err != nil {
+		return nil, storeError(err)
+	}
+	job := newJob(f.CleanupJob, typesv1.JobKind_JOB_KIND_CLEAN_UP_TEST_FAILOVER, f.Vm, caller(ctx), r.RequestId, timestamppb.New(h.s.deps.Clock()), cleanupSteps)
+	if err := h.s.ensureJob(ctx, job); err != nil {
+		return nil, storeError(err)
+	}
+	if r.Notes != "" {
+		h.s.log.InfoContext(ctx, "test failover notes", "failover", f.Name, "vm", f.Vm, "notes", r.Notes, "by", caller(ctx))
+	}
+	h.s.announce(ctx, f, f.State)
+	h.s.poke()
+	j, err := h.readJob(ctx, f.CleanupJob)
+	if err != nil {
+		return nil, err
+	}
+	return &failoverv1.CleanUpTestFailoverResponse{Job: j}, nil
+}
+
+func (h *server) GetFailover(ctx context.Context, r *failoverv1.GetFailoverRequest) (*failoverv1.GetFailoverResponse, error) {
+	f, rev, err := h.s.failovers.Get(ctx, failoverKey(r.Name))
+	if errors.Is(err, bus.ErrNotFound) {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "there is no failover %s", lastPart(r.Name))
+	}
+	if err != nil {
+		return nil, storeError(err)
+	}
+	f.Revision = rev
+	return &failoverv1.GetFailoverResponse{Failover: f}, nil
+}
+
+// Page sizes of ListFailovers.
+const (
+	defaultPage = 100
+	maxPage     = 1000
+)
+
+func (h *server) ListFailovers(ctx context.Context, r *failoverv1.ListFailoversRequest) (*failoverv1.ListFailoversResponse, error) {
+	vm := r.Vm
+	if vm != "" {
+		if v, err := h.vm(ctx, vm); err == nil {
+			vm = v.Name
+		}
+	}
+	entries, err := h.s.failovers.List(ctx, "")
+	if err != nil {
+		return nil, storeError(err)
+	}
+	slices.SortFunc(entries, func(a, b bus.Entry[*failoverv1.Failover]) int {
+		if c := b.Value.CreateTime.AsTime().Compare(a.Value.CreateTime.AsTime()); c != 0 {
+			return c
+		}
+		return strings.Compare(b.Key, a.Key)
+	})
+	size := int(r.PageSize)
+	if size == 0 {
+		size = defaultPage
+	}
+	size = min(size, maxPage)
+	out, skipping := &failoverv1.ListFailoversResponse{}, r.PageToken != ""
+	for _, e := range entries {
+		if skipping {
+			skipping = e.Key != r.PageToken
+			continue
+		}
+		if vm != "" && e.Value.Vm != vm {
+			continue
+		}
+		if len(out.Failovers) == size {
+			out.NextPageToken = bus.Key(lastPart(out.Failovers[size-1].Name))
+			break
+		}
+		e.Value.Revision = e.Revision
+		out.Failovers = append(out.Failovers, e.Value)
+	}
+	return out, nil
+}
+
+func failoverKey(name string) string { return bus.Key(lastPart(name)) }
+
+func lastPart(name string) string { return name[strings.LastIndexByte(name, '/')+1:] }
+
+func stateName(s typesv1.ProtectionState) string {
+	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(s.String(), "PROTECTION_STATE_"), "_", " "))
+}
+
+// caller is who asked, as in the peer's certificate.
+func caller(ctx context.Context) string {
+	if p, ok := rpc.PeerFrom(ctx); ok {
+		return p.String()
+	}
+	return ""
+}

@@ -1,0 +1,192 @@
+package failoverorchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/bus"
+	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+// leaseName is the singleton's lease in bucket "leases".
+const leaseName = "failover-orchestrator"
+
+// rescan is how often the records are looked through for work that no wake-up announced.
+const rescan = 10 * time.Second
+
+// Deps is what the service is given.
+type Deps struct {
+	Clock          func() time.Time
+	Logger         *slog.Logger
+	TracerProvider trace.TracerProvider
+	MeterProvider  metric.MeterProvider
+	Bus            *bus.Bus
+	Store          blobstore.Store
+	// Scheduler reads VM records; never written from here.
+	Scheduler schedulerv1.ProtectionServiceClient
+	// Holder names this process in the lease.
+	Holder string
+}
+
+// Service is the failover-orchestrator. Make it with New, Register it on a server, Run it.
+type Service struct {
+	config    Config
+	deps      Deps
+	log       *slog.Logger
+	tracer    trace.Tracer
+	failovers *bus.KV[*failoverv1.Failover]
+	jobs      *bus.KV[*typesv1.Job]
+	metrics   metrics
+	wake      chan struct{}
+
+	mu      sync.Mutex
+	running map[string]bool // failover ids in work here
+}
+
+// New checks the configuration and opens the records.
+func New(ctx context.Context, c Config, d Deps) (*Service, error) {
+	if err := c.Validate(); err != nil {
+		return nil, fmt.Errorf("failover-orchestrator: %w", err)
+	}
+	failovers, err := bus.OpenKV[*failoverv1.Failover](ctx, d.Bus, bus.BucketFailovers)
+	if err != nil {
+		return nil, fmt.Errorf("open failover records: %w", err)
+	}
+	jobs, err := bus.OpenKV[*typesv1.Job](ctx, d.Bus, bus.BucketJobs)
+	if err != nil {
+		return nil, fmt.Errorf("open jobs: %w", err)
+	}
+	m, err := newMetrics(d.MeterProvider)
+	if err != nil {
+		return nil, err
+	}
+	return &Service{
+		config: c, deps: d, log: d.Logger, tracer: d.TracerProvider.Tracer("failover-orchestrator"),
+		failovers: failovers, jobs: jobs, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
+	}, nil
+}
+
+// Register adds the service's handlers.
+func (s *Service) Register(r grpc.ServiceRegistrar) {
+	failoverv1.RegisterFailoverServiceServer(r, &server{s: s})
+}
+
+// Run executes failovers while this instance holds the lease, until ctx ends.
+func (s *Service) Run(ctx context.Context) error {
+	for ctx.Err() == nil {
+		lease, err := s.deps.Bus.Lease(ctx, leaseName, s.deps.Holder, s.config.LeaseTTL)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			s.log.WarnContext(ctx, "no lease yet", "error", err)
+			s.pause(ctx)
+			continue
+		}
+		s.log.InfoContext(ctx, "active", "generation", lease.Generation())
+		err = s.work(lease.Context())
+		release, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		if rerr := lease.Release(release); rerr != nil && ctx.Err() == nil {
+			s.log.WarnContext(ctx, "release lease", "error", rerr)
+		}
+		cancel()
+		if err != nil && !errors.Is(err, context.Canceled) && ctx.Err() == nil {
+			s.log.WarnContext(ctx, "stopped being active", "error", err)
+		}
+	}
+	return nil
+}
+
+// work looks for unfinished failovers and runs them, a bounded number at once.
+func (s *Service) work(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(s.config.Workers + 1)
+	tick := time.NewTicker(rescan)
+	defer tick.Stop()
+	for {
+		entries, err := s.failovers.List(ctx, "")
+		if err != nil {
+			if ctx.Err() != nil {
+				break
+			}
+			s.log.WarnContext(ctx, "list failovers", "error", err)
+			s.pause(ctx)
+			continue
+		}
+		for _, e := range entries {
+			if !unfinished(e.Value.State) || !s.claim(e.Key) {
+				continue
+			}
+			started := group.TryGo(func() error {
+				defer s.unclaim(e.Key)
+				s.run(ctx, e.Key)
+				return nil
+			})
+			if !started {
+				s.unclaim(e.Key)
+				break // the next look comes when one ends
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-s.wake:
+			continue
+		case <-tick.C:
+			continue
+		}
+		break
+	}
+	_ = group.Wait()
+	return context.Cause(ctx)
+}
+
+func unfinished(st typesv1.TestFailoverState) bool {
+	return st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP
+}
+
+func (s *Service) claim(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.running[id] {
+		return false
+	}
+	s.running[id] = true
+	return true
+}
+
+func (s *Service) unclaim(id string) {
+	s.mu.Lock()
+	delete(s.running, id)
+	s.mu.Unlock()
+	s.poke()
+}
+
+// poke makes work look again.
+func (s *Service) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// pause waits a moment after a failure.
+func (s *Service) pause(ctx context.Context) {
+	t := time.NewTimer(s.config.RetryDelay)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
