@@ -11,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/experimental"
 
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 )
@@ -164,6 +165,8 @@ func plainTCP(b *testing.B, l *lab, h *handlers) grpc.ClientConnInterface {
 	conn, err := grpc.NewClient("passthrough:///"+lis.Addr().String(),
 		grpc.WithTransportCredentials(clientCredentials(Identity{}, nil)),
 		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(newCodec())),
+		grpc.WithReadBufferSize(bufferBytes),
+		experimental.WithBufferPool(&pool{}),
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			c, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 			return plainConn{c}, err

@@ -194,7 +194,8 @@ func TestBulkStream(t *testing.T) {
 	})
 }
 
-// TestBulkReleasesWhatCouldNotBeSent: a client that goes away must not cost the sender its buffers.
+// TestBulkReleasesWhatCouldNotBeSent: a cancelled call gives back every payload. (A broken connection
+// does not: gRPC forgets the messages that it had queued, which SendBulk's comment says.)
 func TestBulkReleasesWhatCouldNotBeSent(t *testing.T) {
 	networks(t, func(t *testing.T, l *lab) {
 		var sent, released atomic.Int32

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -52,6 +53,7 @@ type DialerOptions struct {
 type Dialer struct {
 	opts    DialerOptions
 	service string // service config
+	frames  *pool
 
 	mu     sync.Mutex
 	conns  map[connKey]*Conn
@@ -71,7 +73,7 @@ func NewDialer(opts DialerOptions) *Dialer {
 	if opts.Network == nil {
 		opts.Network = &Network{}
 	}
-	return &Dialer{opts: opts, service: serviceConfig(), conns: make(map[connKey]*Conn)}
+	return &Dialer{opts: opts, service: serviceConfig(), frames: &pool{}, conns: make(map[connKey]*Conn)}
 }
 
 // ConnOption narrows whom a connection may reach.
@@ -164,7 +166,10 @@ func (d *Dialer) dial(key connKey) (*Conn, error) {
 		grpc.WithChainStreamInterceptor(c.stream),
 		grpc.WithDefaultServiceConfig(d.service),
 		grpc.WithDisableServiceConfig(), // the resolver's; ours stands
+		experimental.WithBufferPool(d.frames),
 		grpc.WithSharedWriteBuffer(true),
+		grpc.WithWriteBufferSize(bufferBytes),
+		grpc.WithReadBufferSize(bufferBytes),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxReconnectDelay},
 			MinConnectTimeout: hostProbeTimeout,

@@ -19,6 +19,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -38,6 +39,10 @@ const (
 
 	// stopGrace is how long handlers may take to notice that their calls were cut off.
 	stopGrace = 2 * time.Second
+
+	// bufferBytes is what one read or write of a connection moves at most. 128 KiB instead of gRPC's
+	// 32 KiB moves a fifth more per CPU-second over TLS (BenchmarkBulkGRPC) for 0.25 MiB per connection.
+	bufferBytes = 128 << 10
 
 	maxStreams       = 1024 // concurrent calls of one connection
 	keepaliveTime    = 30 * time.Second
@@ -122,7 +127,10 @@ func NewServer(opts ServerOptions) (*Server, error) {
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
+		experimental.BufferPool(&pool{}),
 		grpc.SharedWriteBuffer(true),
+		grpc.WriteBufferSize(bufferBytes),
+		grpc.ReadBufferSize(bufferBytes),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveTime / 3, PermitWithoutStream: true}),
 	)
@@ -154,6 +162,20 @@ func (s *Server) SetServing(service string, serving bool) {
 		state = grpc_health_v1.HealthCheckResponse_SERVING
 	}
 	s.health.SetServingStatus(service, state)
+}
+
+// Probe serves nothing but health on a listener without TLS and without identities, until ctx ends: for
+// the kubelet, whose probes have no client certificate. It says what the server itself says.
+func (s *Server) Probe(ctx context.Context, lis net.Listener) error {
+	probe := grpc.NewServer(grpc.MaxRecvMsgSize(4<<10), grpc.MaxConcurrentStreams(16), grpc.WaitForHandlers(true))
+	grpc_health_v1.RegisterHealthServer(probe, s.health)
+	stop := context.AfterFunc(ctx, probe.Stop)
+	defer stop()
+	if err := probe.Serve(lis); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("serve health of %s on %s: %w", s.opts.Name, lis.Addr(), err)
+	}
+	probe.Stop() // waits, where AfterFunc has only begun
+	return nil
 }
 
 // Run serves the listeners until ctx ends or one of them fails, then stops: health says not serving,
