@@ -145,7 +145,7 @@ func TestMapAgainstByteModel(t *testing.T) {
 				n += r.Len
 			}
 			require.Equal(t, n, m.Bytes())
-			require.Equal(t, m.Len(), len(slices.Collect(m.All())))
+			require.Len(t, slices.Collect(m.All()), m.Len())
 			kept.Delete(extent.Range{Len: space})
 			require.Zero(t, kept.Bytes())
 		}

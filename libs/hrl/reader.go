@@ -252,7 +252,7 @@ func (r *Reader) decodeBlock(b *Block, raw []byte, index int, pos, dataStart int
 	return nil
 }
 
-func dataError(block, entry int, e Entry, sum uint32) error {
+func dataError(block, entry int, e Entry, sum uint32) *CorruptError {
 	return &CorruptError{Part: PartData, Position: e.FilePosition, Block: block, Entry: entry,
 		Reason: fmt.Sprintf("%d bytes for disk offset %d: checksum is %d, the bytes give %d",
 			e.DataLength, e.ByteOffset, e.DataChecksum, sum)}

@@ -76,7 +76,7 @@ func TestEveryDamagedByte(t *testing.T) {
 				var c *CorruptError
 				require.ErrorAs(t, failed, &c)
 				near := 512 + 64 // the damage is named within a block's length
-				require.InDelta(t, i, c.Position, float64(near), failed.Error())
+				require.InDelta(t, i, c.Position, float64(near), "%v", failed)
 			default: // only unused slots of the last block and reserved bytes are not covered
 				require.Len(t, want, n)
 			}
@@ -238,7 +238,7 @@ func TestSearchAcrossWindows(t *testing.T) {
 			require.NoError(t, w.Flush())
 		}
 		_, got := readAll(t, f.data)
-		require.Len(t, got, 2, d)
+		require.Len(t, got, 2, "shifted by %d", d)
 	}
 }
 
@@ -292,6 +292,6 @@ func FuzzReader(f *testing.F) {
 		}
 		var out bytes.Buffer
 		_ = Inspect(context.Background(), bytes.NewReader(raw), int64(len(raw)), &out, FormatJSON)
-		require.True(t, json.Valid(out.Bytes()), out.String())
+		require.True(t, json.Valid(out.Bytes()), "%s", out.String())
 	})
 }

@@ -164,7 +164,7 @@ func (r *salvage) wholeEntries(ctx context.Context, entries []Entry) (n int, why
 			done += int64(len(p))
 		}
 		if ^sum != e.DataChecksum {
-			return i, dataError(-1, -1, e, ^sum).(*CorruptError).Reason, nil
+			return i, dataError(-1, -1, e, ^sum).Reason, nil
 		}
 	}
 	return len(entries), "", nil

@@ -57,7 +57,7 @@ func vector(t *testing.T) []Entry {
 		var id int
 		var e Entry
 		_, err := fmt.Sscan(line, &id, &e.MetaOperation, &e.DataLength, &e.ByteOffset, &e.TimeStamp, &e.Checksum)
-		require.NoError(t, err, line)
+		require.NoError(t, err, "line %q", line)
 		require.Equal(t, 58-len(out), id)
 		out = append(out, e)
 	}
@@ -102,9 +102,9 @@ func TestPublishedChecksums(t *testing.T) {
 	}
 	var head [blockHeadSize]byte
 	blockHead{prev: printedPrev, valid: 58}.encode(head[:])
-	require.EqualValues(t, uint32(printedBlockChecksum), binary.LittleEndian.Uint32(head[blockChecksumAt:]))
+	require.Equal(t, uint32(printedBlockChecksum), binary.LittleEndian.Uint32(head[blockChecksumAt:]))
 	blockHead{}.encode(head[:])
-	require.EqualValues(t, uint32(printedEmptyChecksum), binary.LittleEndian.Uint32(head[blockChecksumAt:]))
+	require.Equal(t, uint32(printedEmptyChecksum), binary.LittleEndian.Uint32(head[blockChecksumAt:]))
 }
 
 func TestReadPublishedExample(t *testing.T) {
@@ -217,7 +217,7 @@ func TestHeaderRoundTrip(t *testing.T) {
 func TestByteSum(t *testing.T) {
 	p := bytes.Repeat([]byte{0xff}, 5000)
 	for _, n := range []int{0, 1, 7, 8, 31, 32, 33, 1024, 1055, 4096, 5000} {
-		require.EqualValues(t, 255*n, byteSum(p[:n]), n)
+		require.EqualValues(t, 255*n, byteSum(p[:n]), "%d bytes", n)
 	}
 	for i := range p {
 		p[i] = byte(i * 7)

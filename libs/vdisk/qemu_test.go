@@ -127,7 +127,7 @@ func TestGeometryAsQEMU(t *testing.T) {
 		d, err := Open(filepath.Join(dir, "g.vhd"), FormatAuto, true)
 		require.NoError(t, err)
 		footer, _ := d.Footer()
-		require.Equal(t, footer.Geometry, GeometryOf(d.Size()), size)
+		require.Equal(t, footer.Geometry, GeometryOf(d.Size()), "%s", size)
 		require.NoError(t, d.Close())
 	}
 }

@@ -87,8 +87,8 @@ func TestBounds(t *testing.T) {
 	p := make([]byte, 1024)
 	for _, off := range []int64{-1, mib - 1023, mib, mib + 512, 1 << 62} {
 		_, err := d.WriteAt(p, off)
-		require.ErrorIs(t, err, ErrRange, off)
-		require.ErrorIs(t, d.Zero(extent.Range{Off: off, Len: 1024}), ErrRange, off)
+		require.ErrorIs(t, err, ErrRange, "at %d", off)
+		require.ErrorIs(t, d.Zero(extent.Range{Off: off, Len: 1024}), ErrRange, "at %d", off)
 	}
 	require.ErrorIs(t, d.Zero(extent.Range{Off: 5, Len: -1}), ErrRange)
 	require.NoError(t, d.Zero(extent.Range{Off: mib}))
@@ -199,7 +199,7 @@ func TestOpenRefusesBadImages(t *testing.T) {
 		require.NoError(t, os.WriteFile(path, image, 0o600))
 		d, err := Open(path, FormatAuto, true)
 		require.NoError(t, err)
-		require.Equal(t, want, d.Format(), name)
+		require.Equal(t, want, d.Format(), "%s", name)
 		require.NoError(t, d.Close())
 	}
 	footerLike := append(make([]byte, 3*mib), footer...) // a guest wrote a footer, but not the one of this file
