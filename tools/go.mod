@@ -1,6 +1,6 @@
 module github.com/landfall-dr/landfall/tools
 
-go 1.26
+go 1.26.0
 
 require (
 	github.com/landfall-dr/landfall/libs v0.0.0
@@ -11,6 +11,16 @@ require (
 	github.com/landfall-dr/landfall/services/resync-engine v0.0.0
 	github.com/landfall-dr/landfall/services/scheduler v0.0.0
 	github.com/landfall-dr/landfall/services/uploader v0.0.0
+)
+
+require (
+	github.com/inconshreveable/mousetrap v1.1.0 // indirect
+	github.com/rogpeppe/go-internal v1.16.0 // indirect
+	github.com/spf13/cobra v1.10.2 // indirect
+	github.com/spf13/pflag v1.1.0 // indirect
+	go.yaml.in/yaml/v3 v3.0.5 // indirect
+	golang.org/x/sys v0.49.0 // indirect
+	golang.org/x/term v0.47.0 // indirect
 )
 
 replace github.com/landfall-dr/landfall/proto => ../proto

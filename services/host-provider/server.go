@@ -1,0 +1,132 @@
+package hostprovider
+
+import (
+	"context"
+	"encoding/base64"
+	"strings"
+
+	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/failpoint"
+	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+// Page sizes of ListMachines.
+const (
+	defaultPage = 100
+	maxPage     = 1000
+)
+
+// server decodes, asks the driver and encodes.
+type server struct {
+	hostproviderv1.UnimplementedHostServiceServer
+	driver Driver
+}
+
+func (s *server) ListMachines(ctx context.Context, r *hostproviderv1.ListMachinesRequest) (*hostproviderv1.ListMachinesResponse, error) {
+	machines, problems, err := s.driver.Machines(ctx)
+	if err != nil {
+		return nil, err
+	}
+	size := int(r.PageSize)
+	switch {
+	case size == 0:
+		size = defaultPage
+	case size > maxPage:
+		size = maxPage
+	}
+	after, err := base64.RawURLEncoding.DecodeString(r.PageToken)
+	if err != nil {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "page_token is not one of ours")
+	}
+	out := &hostproviderv1.ListMachinesResponse{}
+	for _, m := range machines {
+		key := m.DisplayName + "\x00" + m.Id
+		if strings.Compare(key, string(after)) <= 0 {
+			continue
+		}
+		if len(out.Machines) == size {
+			last := out.Machines[size-1]
+			out.NextPageToken = base64.RawURLEncoding.EncodeToString([]byte(last.DisplayName + "\x00" + last.Id))
+			return out, nil
+		}
+		out.Machines = append(out.Machines, m)
+	}
+	out.Problems = problems
+	return out, nil
+}
+
+func (s *server) GetMachine(ctx context.Context, r *hostproviderv1.GetMachineRequest) (*hostproviderv1.GetMachineResponse, error) {
+	m, err := s.driver.Machine(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.GetMachineResponse{Machine: m}, nil
+}
+
+func (s *server) CheckPrerequisites(ctx context.Context, r *hostproviderv1.CheckPrerequisitesRequest) (*hostproviderv1.CheckPrerequisitesResponse, error) {
+	findings, m, err := s.driver.Check(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.CheckPrerequisitesResponse{Findings: findings, Machine: m}, nil
+}
+
+func (s *server) CreateReplicationRelationship(ctx context.Context, r *hostproviderv1.CreateReplicationRelationshipRequest) (*hostproviderv1.CreateReplicationRelationshipResponse, error) {
+	m, err := s.driver.Machine(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	status, err := s.driver.Establish(ctx, m.Id, r.Lineage, r.Epoch)
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.CreateReplicationRelationshipResponse{Status: status, Machine: m}, nil
+}
+
+func (s *server) RemoveReplicationRelationship(ctx context.Context, r *hostproviderv1.RemoveReplicationRelationshipRequest) (*hostproviderv1.RemoveReplicationRelationshipResponse, error) {
+	if err := s.driver.Dissolve(ctx, r.Vm, r.Lineage, r.Epoch); err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.RemoveReplicationRelationshipResponse{}, nil
+}
+
+func (s *server) CutPoint(ctx context.Context, r *hostproviderv1.CutPointRequest) (*hostproviderv1.CutPointResponse, error) {
+	m, err := s.driver.Machine(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("host-provider/before-cut"); err != nil {
+		return nil, err
+	}
+	point, consistency, err := s.driver.Cut(ctx, Cut{VM: m.Id, Lineage: r.Lineage, Point: r.Point, Epoch: r.Epoch, Consistency: r.Consistency})
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("host-provider/after-cut"); err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.CutPointResponse{Point: point, Consistency: consistency, Machine: m}, nil
+}
+
+func (s *server) SettlePoint(ctx context.Context, r *hostproviderv1.SettlePointRequest) (*hostproviderv1.SettlePointResponse, error) {
+	if err := failpoint.Hit("host-provider/before-settle"); err != nil {
+		return nil, err
+	}
+	status, err := s.driver.Settle(ctx, Settle{VM: r.Vm, Lineage: r.Lineage, Point: r.Point, Epoch: r.Epoch, Outcome: r.Outcome})
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("host-provider/after-settle"); err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.SettlePointResponse{Status: status}, nil
+}
+
+func (s *server) ListPoints(ctx context.Context, r *hostproviderv1.ListPointsRequest) (*hostproviderv1.ListPointsResponse, error) {
+	status, err := s.driver.Points(ctx, r.Vm)
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.ListPointsResponse{Status: status}, nil
+}

@@ -1,0 +1,134 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/landfall-dr/landfall/libs/errcat"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+func (a *app) policyCommand() *cobra.Command {
+	var file string
+	apply := &cobra.Command{
+		Use: "apply -f FILE", Short: "Create or change a policy from a YAML or JSON file (- is standard input)", Args: cobra.NoArgs,
+		Example: "  printf 'name: policies/gold\\ncopy_interval: 30s\\n' | landfall policy apply -f -",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			p, err := a.readPolicy(file)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.policies(ctx)
+			if err != nil {
+				return err
+			}
+			r, err := client.ApplyPolicy(ctx, &schedulerv1.ApplyPolicyRequest{Policy: p})
+			if err != nil {
+				return err
+			}
+			return a.print(r.Policy, func(w io.Writer) { policyRows(w, r.Policy) })
+		},
+	}
+	apply.Flags().StringVarP(&file, "file", "f", "", "policy file")
+	_ = apply.MarkFlagRequired("file")
+	get := &cobra.Command{
+		Use: "get [POLICY]", Short: "Show one policy, or all", Args: cobra.MaximumNArgs(1), Example: "  landfall policy get default -o yaml",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.policies(ctx)
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				r, err := client.GetPolicy(ctx, &schedulerv1.GetPolicyRequest{Name: resource("policies", args[0])})
+				if err != nil {
+					return err
+				}
+				return a.print(r.Policy, func(w io.Writer) { policyRows(w, r.Policy) })
+			}
+			r, err := client.ListPolicies(ctx, &schedulerv1.ListPoliciesRequest{PageSize: 1000})
+			if err != nil {
+				return err
+			}
+			return a.print(r, func(w io.Writer) { policyRows(w, r.Policies...) })
+		},
+	}
+	remove := &cobra.Command{
+		Use: "delete POLICY", Short: "Delete a policy that no machine uses", Args: cobra.ExactArgs(1), Example: "  landfall policy delete gold",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.policies(ctx)
+			if err != nil {
+				return err
+			}
+			_, err = client.DeletePolicy(ctx, &schedulerv1.DeletePolicyRequest{Name: resource("policies", args[0])})
+			return err
+		},
+	}
+	return group("policy", "Replication policies: how often, how long", apply, get, remove)
+}
+
+func policyRows(w io.Writer, policies ...*schedulerv1.Policy) {
+	row(w, "POLICY", "COPY INTERVAL", "RETENTION", "PARALLEL UPLOADS")
+	for _, p := range policies {
+		row(w, last(p.Name), span(p.CopyInterval), span(p.Retention), p.ParallelUploads)
+	}
+}
+
+// readPolicy reads a policy; unknown keys are refused with their name.
+func (a *app) readPolicy(file string) (*schedulerv1.Policy, error) {
+	invalid := func(err error) error {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, err, "read policy file %s", file)
+	}
+	r := a.in
+	if file != "-" {
+		f, err := os.Open(file)
+		if err != nil {
+			return nil, invalid(err)
+		}
+		defer f.Close()
+		r = f
+	}
+	raw, err := io.ReadAll(io.LimitReader(r, 1<<20))
+	if err != nil {
+		return nil, invalid(err)
+	}
+	var v any
+	if err := yaml.Unmarshal(raw, &v); err != nil { // YAML is a superset of JSON
+		return nil, invalid(err)
+	}
+	if m, ok := v.(map[string]any); ok {
+		for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold"} {
+			if s, ok := m[key].(string); ok {
+				d, err := protoDuration(s)
+				if err != nil {
+					return nil, invalid(fmt.Errorf("%s: %w", key, err))
+				}
+				m[key] = d
+			}
+		}
+		if s, ok := m["name"].(string); ok {
+			m["name"] = resource("policies", s)
+		}
+	}
+	j, err := json.Marshal(v)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	p := &schedulerv1.Policy{}
+	if err := protojson.Unmarshal(j, p); err != nil {
+		return nil, invalid(err)
+	}
+	return p, nil
+}

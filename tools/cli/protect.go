@@ -1,0 +1,281 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/spf13/cobra"
+
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+func (a *app) protectCommand() *cobra.Command {
+	var policy string
+	var wait, check bool
+	c := &cobra.Command{
+		Use: "protect VM --policy P", Short: "Protect a machine: check it, copy it, then replicate its changes", Args: cobra.ExactArgs(1),
+		Example: "  landfall protect web-01 --policy default --wait\n  landfall protect web-01 --policy default --check",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.protection(ctx)
+			if err != nil {
+				return err
+			}
+			r, err := client.EnableProtection(ctx, &schedulerv1.EnableProtectionRequest{
+				Vm: a.vmName(args[0]), Policy: resource("policies", policy), RequestId: uuid.NewString(), ValidateOnly: check,
+			})
+			if err != nil {
+				return err
+			}
+			a.printFindings(r.Findings)
+			if check {
+				if len(r.Findings) == 0 {
+					fmt.Fprintln(a.err, "nothing stands against protecting it")
+				}
+				return nil
+			}
+			return a.followJob(cmd.Context(), r.Job, wait)
+		},
+	}
+	c.Flags().StringVar(&policy, "policy", "default", "replication policy")
+	c.Flags().BoolVar(&wait, "wait", false, "wait until the machine is protected, with progress")
+	c.Flags().BoolVar(&check, "check", false, "run the prerequisite checks only")
+	return c
+}
+
+func (a *app) unprotectCommand() *cobra.Command {
+	var wait, force bool
+	c := &cobra.Command{
+		Use: "unprotect VM", Short: "End a machine's protection; its replica is kept", Args: cobra.ExactArgs(1),
+		Example: "  landfall unprotect web-01 --wait",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.protection(ctx)
+			if err != nil {
+				return err
+			}
+			r, err := client.DisableProtection(ctx, &schedulerv1.DisableProtectionRequest{Vm: a.vmName(args[0]), RequestId: uuid.NewString(), Force: force})
+			if err != nil {
+				return err
+			}
+			return a.followJob(cmd.Context(), r.Job, wait)
+		},
+	}
+	c.Flags().BoolVar(&wait, "wait", false, "wait for the job")
+	c.Flags().BoolVar(&force, "force", false, "go on when the host cannot be reached")
+	return c
+}
+
+func (a *app) pauseCommand() *cobra.Command {
+	return a.vmAction("pause VM", "Pause a machine's replication; changes are still tracked", "  landfall pause web-01",
+		func(ctx context.Context, c schedulerv1.ProtectionServiceClient, vm string) (*schedulerv1.ProtectedVm, error) {
+			r, err := c.PauseReplication(ctx, &schedulerv1.PauseReplicationRequest{Vm: vm})
+			return r.GetVm(), err
+		})
+}
+
+func (a *app) resumeCommand() *cobra.Command {
+	return a.vmAction("resume VM", "Resume a machine's replication, also after an error that waited for you", "  landfall resume web-01",
+		func(ctx context.Context, c schedulerv1.ProtectionServiceClient, vm string) (*schedulerv1.ProtectedVm, error) {
+			r, err := c.ResumeReplication(ctx, &schedulerv1.ResumeReplicationRequest{Vm: vm})
+			return r.GetVm(), err
+		})
+}
+
+func (a *app) vmAction(use, short, example string, act func(context.Context, schedulerv1.ProtectionServiceClient, string) (*schedulerv1.ProtectedVm, error)) *cobra.Command {
+	return &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), Example: example, RunE: func(cmd *cobra.Command, args []string) error {
+		ctx, cancel := a.call(cmd)
+		defer cancel()
+		client, err := a.protection(ctx)
+		if err != nil {
+			return err
+		}
+		vm, err := act(ctx, client, a.vmName(args[0]))
+		if err != nil {
+			return err
+		}
+		return a.print(vm, func(w io.Writer) { row(w, vm.DisplayName, stateLabel(vm.State)) })
+	}}
+}
+
+func (a *app) resyncCommand() *cobra.Command {
+	var wait bool
+	c := &cobra.Command{
+		Use: "resync VM", Short: "Compare a machine with its replica now and send what differs", Args: cobra.ExactArgs(1),
+		Example: "  landfall resync web-01 --wait",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.protection(ctx)
+			if err != nil {
+				return err
+			}
+			r, err := client.Resynchronize(ctx, &schedulerv1.ResynchronizeRequest{Vm: a.vmName(args[0]), RequestId: uuid.NewString()})
+			if err != nil {
+				return err
+			}
+			return a.followJob(cmd.Context(), r.Job, wait)
+		},
+	}
+	c.Flags().BoolVar(&wait, "wait", false, "wait for the job, with progress")
+	return c
+}
+
+func (a *app) statusCommand() *cobra.Command {
+	var watch bool
+	c := &cobra.Command{
+		Use: "status [VM]", Short: "Show protected machines: state, health, RPO", Args: cobra.MaximumNArgs(1),
+		Example: "  landfall status\n  landfall status web-01 --watch",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if watch {
+				return a.watchStatus(cmd, args)
+			}
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.protection(ctx)
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				r, err := client.GetProtectedVm(ctx, &schedulerv1.GetProtectedVmRequest{Vm: a.vmName(args[0])})
+				if err != nil {
+					return err
+				}
+				return a.print(r.Vm, func(w io.Writer) { describe(w, r.Vm) })
+			}
+			all := &schedulerv1.ListProtectedVmsResponse{}
+			for token := ""; ; {
+				r, err := client.ListProtectedVms(ctx, &schedulerv1.ListProtectedVmsRequest{PageSize: 1000, PageToken: token})
+				if err != nil {
+					return err
+				}
+				all.Vms = append(all.Vms, r.Vms...)
+				if token = r.NextPageToken; token == "" {
+					break
+				}
+			}
+			return a.print(all, func(w io.Writer) {
+				row(w, "NAME", "STATE", "HEALTH", "RPO", "LAST POINT", "POINTS", "SHIPPED", "MISSED")
+				for _, v := range all.Vms {
+					statusRow(w, v)
+				}
+			})
+		},
+	}
+	c.Flags().BoolVar(&watch, "watch", false, "go on printing changes until interrupted")
+	return c
+}
+
+func statusRow(w io.Writer, v *schedulerv1.ProtectedVm) {
+	row(w, v.DisplayName, stateLabel(v.State), label(v.Health, "HEALTH_"), span(v.Rpo), stamp(v.LastPointTime),
+		v.GetCounters().GetPoints(), human(v.GetCounters().GetShippedBytes()), v.GetCounters().GetMissedCycles())
+}
+
+func describe(w io.Writer, v *schedulerv1.ProtectedVm) {
+	row(w, "Name:", v.DisplayName)
+	row(w, "Id:", last(v.Name))
+	row(w, "Host:", last(v.Host))
+	row(w, "Policy:", last(v.Policy))
+	row(w, "State:", stateLabel(v.State))
+	row(w, "Health:", label(v.Health, "HEALTH_"))
+	for _, e := range v.HealthReasons {
+		row(w, "  because:", e.Reason+": "+e.What)
+		row(w, "  what to do:", e.Action)
+	}
+	row(w, "RPO:", span(v.Rpo))
+	row(w, "Newest point:", fmt.Sprintf("%d at %s", v.LastPoint, stamp(v.LastPointTime)))
+	row(w, "Processed point:", v.ProcessedPoint)
+	if v.ResyncReason != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED {
+		row(w, "Resync due:", label(v.ResyncReason, "RESYNC_REASON_"))
+	}
+	if r := v.Retry; r != nil {
+		row(w, "Retry:", fmt.Sprintf("attempt %d failed (%s), next at %s", r.Attempt, r.Error.GetReason(), stamp(r.NextTime)))
+	}
+	c := v.GetCounters()
+	row(w, "Points:", fmt.Sprintf("%d received, %d abandoned, %d cycles missed", c.GetPoints(), c.GetAbandonedPoints(), c.GetMissedCycles()))
+	row(w, "Passes:", fmt.Sprintf("%d full, %d over dirty extents, %d comparing", c.GetFullPasses(), c.GetDirtyPasses(), c.GetComparePasses()))
+	row(w, "Shipped:", fmt.Sprintf("%s for %s changed", human(c.GetShippedBytes()), human(c.GetChangedBytes())))
+	row(w, "Lineage:", v.Lineage)
+}
+
+func (a *app) watchStatus(cmd *cobra.Command, args []string) error {
+	ctx := cmd.Context()
+	client, err := a.protection(ctx)
+	if err != nil {
+		return err
+	}
+	req := &schedulerv1.WatchProtectedVmsRequest{}
+	if len(args) == 1 {
+		req.Vm = a.vmName(args[0])
+	}
+	stream, err := client.WatchProtectedVms(ctx, req)
+	if err != nil {
+		return err
+	}
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			return endOfWatch(ctx, err)
+		}
+		if err := a.print(r.Vm, func(w io.Writer) {
+			if r.Deleted {
+				row(w, time.Now().Format("15:04:05"), r.Vm.DisplayName, "no longer protected")
+				return
+			}
+			fmt.Fprint(w, time.Now().Format("15:04:05"), "\t")
+			statusRow(w, r.Vm)
+		}); err != nil {
+			return err
+		}
+	}
+}
+
+func (a *app) pointsCommand() *cobra.Command {
+	var limit int
+	c := &cobra.Command{
+		Use: "points VM", Short: "List a machine's recovery points, newest first", Args: cobra.ExactArgs(1), Example: "  landfall points web-01 --limit 20",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx, cancel := a.call(cmd)
+			defer cancel()
+			client, err := a.protection(ctx)
+			if err != nil {
+				return err
+			}
+			all := &schedulerv1.ListRecoveryPointsResponse{}
+			for token := ""; ; {
+				r, err := client.ListRecoveryPoints(ctx, &schedulerv1.ListRecoveryPointsRequest{Vm: a.vmName(args[0]), PageSize: 1000, PageToken: token})
+				if err != nil {
+					return err
+				}
+				all.Points = append(all.Points, r.Points...)
+				if token = r.NextPageToken; token == "" || (limit > 0 && len(all.Points) >= limit) {
+					break
+				}
+			}
+			if limit > 0 && len(all.Points) > limit {
+				all.Points = all.Points[:limit]
+			}
+			return a.print(all, func(w io.Writer) {
+				row(w, "POINT", "TIME", "KIND", "CONSISTENCY", "STORED", "PROCESSED", "CHECKPOINT")
+				for _, p := range all.Points {
+					row(w, p.Ordinal, stamp(p.CutTime), label(p.Kind, "POINT_KIND_"), label(p.Consistency, "CONSISTENCY_"), human(p.StoredBytes), yes(p.Processed), yes(p.Checkpointed))
+				}
+			})
+		},
+	}
+	c.Flags().IntVar(&limit, "limit", 0, "at most this many; 0 lists all")
+	return c
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "-"
+}
