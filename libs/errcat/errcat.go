@@ -29,6 +29,8 @@ type Error struct {
 	Fields []Field
 
 	cause error
+	// silent is set where What holds the cause's text already.
+	silent bool
 	// code and advice are set on errors decoded from a status whose reason this program does not know.
 	code   codes.Code
 	advice string
@@ -92,9 +94,8 @@ func (e *Error) After(d time.Duration) *Error {
 
 // Error returns what happened, then the cause.
 func (e *Error) Error() string {
-	_, silent := e.cause.(quiet)
 	switch {
-	case e.cause == nil, silent:
+	case e.cause == nil, e.silent:
 		return e.What
 	case e.What == "":
 		return e.cause.Error()

@@ -111,9 +111,9 @@ func FromStatus(st *status.Status) error {
 	}
 	switch st.Code() {
 	case codes.Canceled:
-		e.cause = quiet{context.Canceled}
+		e.cause, e.silent = context.Canceled, true
 	case codes.DeadlineExceeded:
-		e.cause = quiet{context.DeadlineExceeded}
+		e.cause, e.silent = context.DeadlineExceeded, true
 	}
 	return e
 }
@@ -133,12 +133,6 @@ func FromError(err error) error {
 	}
 	return err
 }
-
-// quiet is a cause that errors.Is finds and that adds nothing to the text, because the text of a
-// status holds it already.
-type quiet struct{ error }
-
-func (q quiet) Unwrap() error { return q.error }
 
 // classify finds or makes the *Error whose reason and details travel for err.
 func classify(err error) *Error {

@@ -42,7 +42,7 @@ func BenchmarkBulkTCP(b *testing.B) {
 			b.Run(fmt.Sprintf("tls=%v/%s", secure, sizeName(size)), func(b *testing.B) {
 				lis, err := net.Listen("tcp", "127.0.0.1:0")
 				require.NoError(b, err)
-				defer lis.Close()
+				defer func() { _ = lis.Close() }()
 				l := newLab(b, true)
 				data := random(size)
 				go func() {
@@ -50,7 +50,7 @@ func BenchmarkBulkTCP(b *testing.B) {
 					if err != nil {
 						return
 					}
-					defer c.Close()
+					defer func() { _ = c.Close() }()
 					if secure {
 						c = tls.Server(c, l.identity(scheduler).Files.Server(nil))
 					}
@@ -62,7 +62,7 @@ func BenchmarkBulkTCP(b *testing.B) {
 				}()
 				c, err := net.Dial("tcp", lis.Addr().String())
 				require.NoError(b, err)
-				defer c.Close()
+				defer func() { _ = c.Close() }()
 				if secure {
 					c = tls.Client(c, l.identity(scheduler).Files.Client(nil))
 				}

@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -166,7 +167,7 @@ func TestBulkStream(t *testing.T) {
 		require.NoError(t, err)
 		raw, err := grpc.NewClient("passthrough:///"+address, rawOptions(l, scheduler)...)
 		require.NoError(t, err)
-		defer raw.Close()
+		defer func() { _ = raw.Close() }()
 		foreign, err := openBulk(within(t), raw)
 		require.NoError(t, err)
 		for i, n := range sizes {
@@ -175,14 +176,14 @@ func TestBulkStream(t *testing.T) {
 			payload, err := RecvBulk(s, header, dataField)
 			require.NoError(t, err)
 			require.EqualValues(t, n, header.GetLength())
-			require.True(t, string(data[:n]) == string(payload.Materialize()))
+			require.True(t, bytes.Equal(data[:n], payload.Materialize()))
 			payload.Free()
 
 			require.NoError(t, foreign.SendMsg(&changetrackerv1.ReadChangesResponse{Offset: int64(i), Data: data[:n]}))
 			plain := &changetrackerv1.ReadChangesResponse{}
 			require.NoError(t, foreign.RecvMsg(plain))
 			require.EqualValues(t, i, plain.GetOffset())
-			require.True(t, string(data[:n]) == string(plain.GetData()))
+			require.True(t, bytes.Equal(data[:n], plain.GetData()))
 		}
 		for _, c := range []grpc.ClientStream{s, foreign} {
 			require.NoError(t, c.CloseSend())

@@ -85,7 +85,7 @@ func TestTelemetry(t *testing.T) {
 			return "", errcat.New(staleEpoch, "old")
 		}}, func(o *ServerOptions) { o.TracerProvider, o.MeterProvider = tp, mp })
 		d := NewDialer(DialerOptions{Identity: l.identity(scheduler), Network: l.network, TracerProvider: tp})
-		defer d.Close()
+		defer func() { _ = d.Close() }()
 		conn, err := d.Conn(address)
 		require.NoError(t, err)
 		_, err = invoke(within(t), conn, "Read", "")
@@ -130,7 +130,7 @@ func TestProbe(t *testing.T) {
 	go func() { done <- srv.Probe(ctx, lis) }()
 	conn, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	require.NoError(t, err)
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	for _, serving := range []bool{true, false} {
 		srv.SetServing("", serving)
 		r, err := grpc_health_v1.NewHealthClient(conn).Check(within(t), &grpc_health_v1.HealthCheckRequest{})
@@ -156,7 +156,7 @@ func TestDialerClosed(t *testing.T) {
 	require.True(t, errcat.Is(err, unavailable), "%v", err)
 	require.NoError(t, d.Close())
 	_, err = d.Conn("mem:x")
-	require.ErrorIs(t, err, grpc.ErrClientConnClosing)
+	require.ErrorIs(t, err, ErrDialerClosed)
 	_, err = invoke(within(t), a, "Read", "")
 	require.True(t, errcat.Is(err, errcat.Reason(context.Canceled)), "%v", err)
 }

@@ -49,6 +49,9 @@ type DialerOptions struct {
 	UnaryTimeout time.Duration
 }
 
+// ErrDialerClosed is returned (wrapped) by Conn after Close.
+var ErrDialerClosed = errors.New("the dialer is closed")
+
 // Dialer makes and keeps client connections. Safe for concurrent use.
 type Dialer struct {
 	opts    DialerOptions
@@ -106,7 +109,7 @@ func (d *Dialer) Conn(address string, opts ...ConnOption) (*Conn, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
-		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_CANCELLED, grpc.ErrClientConnClosing, "connect to %s", address)
+		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_CANCELLED, ErrDialerClosed, "connect to %s", address)
 	}
 	if c, ok := d.conns[key]; ok && c.GetState() != connectivity.Shutdown {
 		return c, nil
@@ -167,7 +170,6 @@ func (d *Dialer) dial(key connKey) (*Conn, error) {
 		grpc.WithDefaultServiceConfig(d.service),
 		grpc.WithDisableServiceConfig(), // the resolver's; ours stands
 		experimental.WithBufferPool(d.frames),
-		grpc.WithSharedWriteBuffer(true),
 		grpc.WithWriteBufferSize(bufferBytes),
 		grpc.WithReadBufferSize(bufferBytes),
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -63,8 +63,8 @@ func TestMemoryNetwork(t *testing.T) {
 
 func TestMemoryConnDeadlines(t *testing.T) {
 	a, b := memPipe("mem:x", scheduler)
-	defer a.Close()
-	defer b.Close()
+	defer func() { _ = a.Close() }()
+	defer func() { _ = b.Close() }()
 	buf := make([]byte, 1)
 	for _, d := range []time.Duration{-time.Second, time.Millisecond} {
 		require.NoError(t, a.SetReadDeadline(time.Now().Add(d)))

@@ -128,7 +128,6 @@ func NewServer(opts ServerOptions) (*Server, error) {
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
 		experimental.BufferPool(&pool{}),
-		grpc.SharedWriteBuffer(true),
 		grpc.WriteBufferSize(bufferBytes),
 		grpc.ReadBufferSize(bufferBytes),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveTime, Timeout: keepaliveTimeout}),

@@ -178,7 +178,7 @@ func TestDeadlineBudget(t *testing.T) {
 		// A client not built here sets none.
 		raw, err := grpc.NewClient("passthrough:///"+address, rawOptions(l, scheduler)...)
 		require.NoError(t, err)
-		defer raw.Close()
+		defer func() { _ = raw.Close() }()
 		_, err = invoke(t.Context(), raw, "Read", "")
 		require.NoError(t, err)
 		require.InDelta(t, time.Hour.Seconds(), time.Duration(left.Load()).Seconds(), 60, "the server's default")

@@ -264,8 +264,8 @@ func handshake(t *testing.T, serverDir, clientDir string) error {
 	client, err := Load(clientDir, time.Now)
 	require.NoError(t, err)
 	a, b := net.Pipe()
-	defer a.Close()
-	defer b.Close()
+	defer func() { _ = a.Close() }()
+	defer func() { _ = b.Close() }()
 	var g errgroup.Group
 	g.Go(func() error {
 		s := tls.Server(a, server.Server(nil))
