@@ -9,7 +9,7 @@ type bugs struct {
 	CheckpointUnfinished       bool // I14: a checkpoint does not ask whether the disks are at rest
 	ManifestBeforeSegments     bool // I1
 	StaleTask                  bool // I3: the ordinal of a point is not compared
-	NoPassOrdinal              bool // I4: the ordinal of a pass is not compared
+	NoPassOrdinal              bool // I4, I6: the ordinal of a pass is neither compared nor looked up
 	HalfPass                   bool // I5: the first task completes a pass
 	SelfRaisedEpoch            bool // I3: the worker takes the head's epoch when its own is lower
 	NoEpoch, NoOpen            bool // I3: the epoch rule off, the open rule off

@@ -103,11 +103,17 @@ func (r *Replica) commit(ctx context.Context, p *Proposal) (Result, error) {
 	for range maxCommitAttempts {
 		st := &r.chain.state
 		m := p.manifest(r.lineage, st, &r.bugs)
-		body, err := m.Encode()
-		if err != nil {
-			return Result{}, err
+		var dup Seq
+		var body []byte
+		var err error
+		if m.Open > st.Head { // an open that this process has not seen, or that never was
+			err = fmt.Errorf("names open %d, head is %d: %w", m.Open, st.Head, ErrStaleOpen)
+		} else {
+			if body, err = m.Encode(); err != nil {
+				return Result{}, err
+			}
+			dup, err = st.admit(m, &r.bugs)
 		}
-		dup, err := st.admit(m, &r.bugs)
 		if dup == 0 && err == nil && p.At != 0 && p.At != m.Seq {
 			err = fmt.Errorf("must be manifest %d, next is %d: %w", p.At, m.Seq, ErrHeadMoved)
 		}

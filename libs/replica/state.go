@@ -143,9 +143,10 @@ func (s *State) Pass(o Ordinal) (PassProgress, bool) {
 // what m says; then nothing must be written. m's Seq and Prev are not looked at.
 func (s *State) admit(m *Manifest, b *bugs) (dup Seq, err error) {
 	if dup, err = s.duplicate(m); dup != 0 || err != nil {
-		if !(b.StaleTask && m.Kind.IsPoint()) {
+		if !(b.StaleTask && m.Kind.IsPoint()) && !(b.NoPassOrdinal && m.Kind == KindPartial) {
 			return dup, err
 		}
+		dup = 0
 	}
 	switch m.Kind {
 	case KindClose:
@@ -169,7 +170,7 @@ func (s *State) admit(m *Manifest, b *bugs) (dup Seq, err error) {
 	switch {
 	case m.Epoch < s.Epoch && !b.NoEpoch && !b.SelfRaisedEpoch:
 		return 0, fmt.Errorf("ordinal %d: epoch %d, chain has %d: %w", o, m.Epoch, s.Epoch, ErrStaleEpoch)
-	case s.Closed() && !b.NoOpen:
+	case s.Closed():
 		return 0, fmt.Errorf("ordinal %d: close %d of failover %s: %w", o, s.Fence.Seq, s.Fence.Failover, ErrClosed)
 	case m.Open != s.Open && !b.NoOpen:
 		return 0, fmt.Errorf("ordinal %d: names open %d, newest is %d: %w", o, m.Open, s.Open, ErrStaleOpen)

@@ -1,0 +1,201 @@
+package replica
+
+import (
+	"bytes"
+	"context"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+)
+
+// checker compares storage with the truth. It reads the store directly, with code of its own: manifests by DecodeManifest,
+// segments by what their shippers recorded.
+type checker struct {
+	w      *world
+	head   Seq
+	folds  []parcel // folds[n]: the disks after manifest n
+	points map[Ordinal]Seq
+	epoch  Epoch
+	open   Seq
+	closed bool
+	fence  string
+	closes int
+	tasks  map[string]*modelTask
+}
+
+// all runs the checks that what was touched calls for.
+func (c *checker) all() {
+	if c.w.failed != nil || len(c.w.touched) == 0 {
+		return
+	}
+	touched := slices.Sorted(maps.Keys(c.w.touched))
+	clear(c.w.touched)
+	c.chain()
+	for _, name := range touched {
+		switch {
+		case strings.HasPrefix(name, diskPrefix):
+			c.disk(strings.Split(name, "/")[1])
+		case strings.HasPrefix(name, ckptPrefix):
+			c.checkpoint(name)
+		}
+	}
+}
+
+// chain folds new manifests and checks S1 and S3 on each.
+func (c *checker) chain() {
+	ctx := context.Background()
+	if c.folds == nil {
+		c.folds = []parcel{{}}
+		for _, d := range modelDisks {
+			c.folds[0][d] = content{}
+		}
+		c.points = map[Ordinal]Seq{}
+	}
+	journal, staging := c.w.mem.Container(testLineage.JournalContainer()), c.w.mem.Container(testLineage.StagingContainer())
+	for c.w.failed == nil {
+		body, err := readAll(ctx, journal, manifestName(c.head+1), MaxManifest)
+		if err != nil {
+			return
+		}
+		m, err := DecodeManifest(body)
+		if err != nil {
+			c.w.fail("manifest %d: %v", c.head+1, err)
+			return
+		}
+		c.head++
+		c.w.stats.commits++
+		f := c.folds[c.head-1].clone()
+		for _, d := range m.Disks {
+			for _, s := range d.Segments {
+				in := journal
+				if s.Container == Staging {
+					in = staging
+				}
+				if _, err := in.Stat(ctx, s.Name, ""); err != nil {
+					c.w.fail("S1: manifest %d names segment %s: %v", m.Seq, s.Name, err)
+				}
+				maps.Copy(f[d.ID], c.w.segs[s.Name])
+			}
+		}
+		c.folds = append(c.folds, f)
+		c.history(m)
+		if m.Kind.IsPoint() {
+			c.w.stats.points++
+			c.points[m.Point] = m.Seq
+			for _, d := range modelDisks {
+				if want := c.w.host.cuts[m.Point]; want == nil || !want[d].equal(f[d]) {
+					c.w.fail("S1: point %d at manifest %d, disk %s\nguest at its cut %v\nchain            %v", m.Point, m.Seq, d, want[d], f[d])
+				}
+			}
+		}
+	}
+}
+
+// history is S3: nothing of a lower epoch, of another open, or above a close.
+func (c *checker) history(m *Manifest) {
+	w := c.w
+	switch m.Kind {
+	case KindClose:
+		if c.closed {
+			w.fail("S3: manifest %d closes again", m.Seq)
+		}
+		c.closed, c.fence = true, m.Failover
+		c.closes++
+		w.stats.fences++
+	case KindOpen:
+		if !c.closed || m.Failover != c.fence {
+			w.fail("S3: manifest %d opens failover %s, the fence is %s", m.Seq, m.Failover, c.fence)
+		}
+		c.closed, c.open, c.epoch = false, m.Seq, m.Epoch
+	default:
+		i := slices.IndexFunc(w.tasks, func(t *modelTask) bool { return t.id == m.Trace })
+		t := w.tasks[i]
+		switch {
+		case c.closed:
+			w.fail("S3: manifest %d (%s) above the close of %s", m.Seq, m.Kind, c.fence)
+		case t.epoch < c.epoch:
+			w.fail("S3: manifest %d: task of epoch %d after epoch %d", m.Seq, t.epoch, c.epoch)
+		case t.open != c.open:
+			w.fail("S3: manifest %d: task of open %d under open %d", m.Seq, t.open, c.open)
+		}
+		c.epoch = max(c.epoch, m.Epoch)
+	}
+}
+
+// disk is S4: a page blob that says "at rest at n" holds the state at n.
+func (c *checker) disk(id string) {
+	p, err := c.w.mem.Container(testLineage.ReplicaContainer()).Stat(context.Background(), DiskBlobName(id, 1), "")
+	if err != nil {
+		return
+	}
+	a, t := splitNumber(p.Sequence)
+	if a != t {
+		c.w.stats.redone++
+		return
+	}
+	if a > c.head {
+		c.w.fail("S4: disk %s is at rest at %d, head is %d", id, a, c.head)
+		return
+	}
+	c.equal("S4", id, "", a)
+}
+
+func (c *checker) equal(what, id string, snap blobstore.SnapshotID, n Seq) {
+	have, err := readDisk(context.Background(), c.w.mem, id, snap)
+	if err != nil {
+		c.w.fail("%s: disk %s at %d: %v", what, id, n, err)
+		return
+	}
+	if !have.equal(c.folds[n][id]) {
+		c.w.fail("%s: disk %s says it is manifest %d\nchain %v\ndisk  %v", what, id, n, c.folds[n][id], have)
+	}
+}
+
+// checkpoint is S7.
+func (c *checker) checkpoint(name string) {
+	b, err := readAll(context.Background(), c.w.mem.Container(testLineage.ReplicaContainer()), name, maxCheckpoint)
+	if err != nil {
+		return
+	}
+	rec, err := DecodeCheckpoint(b)
+	if err != nil {
+		c.w.fail("checkpoint %s: %v", name, err)
+		return
+	}
+	c.w.stats.checkpoints++
+	for _, d := range rec.Disks {
+		c.equal("S7", d.ID, d.Snapshot, rec.Seq)
+	}
+}
+
+// atEnd is S2 and S4 for everything, read by the real code.
+func (c *checker) atEnd() {
+	ctx := context.Background()
+	r, err := open(ctx, c.w.mem, testLineage, c.w.bugs)
+	if err != nil {
+		c.w.fail("open at the end: %v", err)
+		return
+	}
+	for _, d := range modelDisks {
+		p, err := c.w.mem.Container(testLineage.ReplicaContainer()).Stat(ctx, DiskBlobName(d, 1), "")
+		if a, t := splitNumber(p.Sequence); err != nil || a != t || a < c.points[c.w.host.base] {
+			c.w.fail("S4: at the end disk %s is at %d going to %d, head %d: %v", d, a, t, c.head, err)
+			return
+		}
+		c.disk(d)
+	}
+	for _, o := range slices.Sorted(maps.Keys(c.points)) {
+		s := memSink{}
+		if _, err := r.Materialise(ctx, o, s, MaterialiseOptions{Parallel: 1}); err != nil {
+			c.w.fail("S2: point %d: %v", o, err)
+			return
+		}
+		for _, d := range modelDisks {
+			if have := contentOf(s[d]); !have.equal(c.w.host.cuts[o][d]) || !bytes.Equal(s[d][testSize:], nil) {
+				c.w.fail("S2: point %d, disk %s\nguest %v\nread  %v", o, d, c.w.host.cuts[o][d], have)
+			}
+		}
+	}
+}

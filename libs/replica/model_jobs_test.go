@@ -1,0 +1,225 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+// tick is one look of the scheduler: read the head, settle or give up what is open, else begin the next thing.
+func (w *world) tick(ctx context.Context, r *Replica) error {
+	st, err := r.Refresh(ctx)
+	if err != nil {
+		return err
+	}
+	rec := &w.rec
+	if st.Open > rec.open {
+		rec.open = st.Open
+	}
+	rec.epoch = max(rec.epoch, st.Epoch)
+	if c := rec.cycle; c != nil {
+		w.settle(st, c)
+		return nil
+	}
+	if st.Closed() {
+		return nil
+	}
+	o := max(rec.highest, w.host.highest, st.Highest) + 1
+	rec.highest = o
+	if base, ok := w.host.cut(o); ok {
+		kind := KindPoint
+		if st.Base == 0 {
+			kind = KindBase
+		}
+		rec.cycle = &cycle{ordinal: o, open: rec.open}
+		w.issue(&modelTask{kind: kind, epoch: rec.epoch, open: rec.open, base: base, point: o})
+		return nil
+	}
+	k := uint32(1 + w.rng.IntN(3))
+	base, ok := w.host.beginPass(o, int(k))
+	if !ok {
+		return nil
+	}
+	w.stats.passes++
+	rec.cycle = &cycle{ordinal: o, pass: true, k: k, open: rec.open}
+	for i := range k {
+		w.issue(&modelTask{kind: KindPartial, epoch: rec.epoch, open: rec.open, base: base, pass: &Pass{o, i + 1, k}})
+	}
+	return nil
+}
+
+func (w *world) issue(t *modelTask) {
+	t.id = fmt.Sprintf("task-%d", len(w.tasks))
+	w.tasks = append(w.tasks, t)
+}
+
+// settle ends the cycle when the chain has it; otherwise it may give it up, raising the epoch first (design 7.4).
+func (w *world) settle(st *State, c *cycle) {
+	done, gone := false, false
+	if c.pass {
+		p, ok := st.Pass(c.ordinal)
+		done = ok && p.Complete
+		gone = w.host.settled[c.ordinal]
+	} else {
+		_, done = st.PointSeq(c.ordinal)
+	}
+	switch {
+	case done && c.pass:
+		w.host.settlePass(c.ordinal, true)
+	case done:
+		w.host.settle(c.ordinal, true)
+	case gone || c.open != w.rec.open || !w.quiet && w.rng.Float64() < w.rates.abandon:
+		w.rec.epoch++
+		if c.pass {
+			w.host.settlePass(c.ordinal, false)
+		} else {
+			w.host.settle(c.ordinal, false)
+		}
+	default:
+		return
+	}
+	w.rec.cycle = nil
+}
+
+// shipJob is one delivery of a task.
+func (a *actor) shipJob(t *modelTask) func(context.Context, *Replica) error {
+	return func(ctx context.Context, r *Replica) error {
+		p, ok := a.w.host.read(t)
+		if !ok {
+			return nil // settled meanwhile; the uploader acks and reports
+		}
+		tx := NewTx()
+		o := t.point
+		task := uint32(0)
+		if t.pass != nil {
+			o, task = t.pass.Ordinal, t.pass.I
+		}
+		for id, c := range p {
+			key := SegmentKey{Kind: t.kind, Ordinal: o, Tx: tx, DiskID: id}
+			a.w.segs[key.name()] = maps.Clone(c)
+		}
+		disks, err := ship(ctx, r, t.kind, o, task, tx, p)
+		if err != nil {
+			return err
+		}
+		prop := Proposal{Kind: t.kind, Epoch: t.epoch, Open: t.open, Point: t.point, Pass: t.pass, Base: t.base, Disks: disks, Trace: t.id}
+		if t.pass == nil {
+			prop.CutTime, prop.Consistency = testTime, ConsistencyCrash
+		}
+		res, err := r.Commit(ctx, prop)
+		if err == nil && res.Outcome == AlreadyCommitted {
+			a.w.stats.already++
+		}
+		return err
+	}
+}
+
+// applyJob advances, or takes a checkpoint of whatever it thinks is due, as a separate program might.
+func (a *actor) applyJob() func(context.Context, *Replica) error {
+	return func(ctx context.Context, r *Replica) error {
+		if a.applier == nil {
+			var err error
+			a.applier, err = NewApplier(r, ApplierOptions{Footer: testFooter, Clock: func() time.Time { return a.w.clock }, Parallel: 1,
+				Takeover: a.w.rates.takeover || a.w.quiet, Stop: a.w.rates.stop, MaxBatchBytes: a.w.rates.batch})
+			if err != nil {
+				return err
+			}
+		}
+		if !a.w.quiet && a.w.rng.IntN(3) == 0 {
+			head := a.w.check.head
+			n := Seq(1 + a.w.rng.Uint64N(uint64(head)+1))
+			if a.w.rng.IntN(20) == 0 {
+				_, err := r.VoidCheckpoint(ctx, n)
+				return err
+			}
+			_, err := r.Checkpoint(ctx, n)
+			if errors.Is(err, ErrInvalid) || errors.Is(err, ErrNotFound) || errors.Is(err, ErrVoid) || errors.Is(err, ErrNotAtRest) {
+				return nil
+			}
+			return err
+		}
+		_, err := a.applier.Advance(ctx, 0)
+		return err
+	}
+}
+
+// fence closes, and later opens again; sometimes an orchestrator that slept repeats an old call.
+func (w *world) fence(ctx context.Context, r *Replica) error {
+	st, err := r.Refresh(ctx)
+	if err != nil {
+		return err
+	}
+	p := Proposal{Kind: KindClose, Failover: fmt.Sprintf("failover-%d", w.check.closes+1)}
+	if st.Closed() {
+		p = Proposal{Kind: KindOpen, Failover: st.Fence.Failover}
+	}
+	if w.check.closes > 0 && w.rng.IntN(5) == 0 && !w.quiet {
+		p.Failover = fmt.Sprintf("failover-%d", 1+w.rng.IntN(w.check.closes))
+		p.Kind = []Kind{KindClose, KindOpen}[w.rng.IntN(2)]
+	}
+	p.Trace = "fence"
+	_, err = r.Commit(ctx, p)
+	return err
+}
+
+// end kills everyone, lets what is on the wire land, and with no more faults asks for a new, right point (S6), reads
+// all points (S2) and the replica (S4).
+func (w *world) end() {
+	for _, a := range w.actors {
+		for a.busy {
+			a.store.Crash()
+			a.grant <- 0
+			w.wait()
+		}
+		a.r, a.applier = nil, nil
+		a.store.Revive()
+	}
+	w.quiet = true
+	for len(w.late) > 0 {
+		w.deliver(w.rng.IntN(len(w.late)))
+	}
+	w.check.all()
+	if w.failed != nil {
+		return
+	}
+	by := map[string]*actor{}
+	for _, a := range w.actors {
+		by[a.name] = a
+	}
+	finish := func(name string, job func(context.Context, *Replica) error) {
+		a := by[name]
+		w.start(a, job)
+		for a.busy {
+			w.step(a)
+		}
+	}
+	w.host.write(w.rng)
+	before := w.host.highest
+	for round := 0; w.failed == nil; round++ {
+		if round > 20 {
+			w.fail("S6: no new point in %d rounds: record %+v, base %d", round, w.rec, w.host.base)
+			return
+		}
+		if w.check.closed {
+			finish("orchestrator", w.fence)
+		}
+		finish("scheduler", w.tick)
+		for _, t := range slices.Clone(w.tasks) {
+			if c := w.rec.cycle; c != nil && (t.point == c.ordinal || t.pass != nil && t.pass.Ordinal == c.ordinal) {
+				finish("ship-1", by["ship-1"].shipJob(t))
+			}
+		}
+		finish("scheduler", w.tick)
+		if w.host.base > before && w.host.cuts[w.host.base] != nil {
+			break
+		}
+	}
+	if w.failed != nil {
+		return
+	}
+	finish("apply-1", by["apply-1"].applyJob())
+	w.check.atEnd()
+}
