@@ -79,7 +79,7 @@ func (s *modelStats) add(o modelStats) {
 
 // TestModel is the proof that matters most: no interleaving breaks S1 to S7.
 func TestModel(t *testing.T) {
-	n := seeds(t, 150)
+	n := seeds(t, 800)
 	ran, distinct, st, err := explore(n, bugs{})
 	t.Logf("%d interleavings, %d distinct, %+v", ran, distinct, st)
 	require.NoError(t, err)
