@@ -2,6 +2,7 @@ package hosttest_test
 
 import (
 	"crypto/sha256"
+	"errors"
 	"hash/crc32"
 	"io"
 	"net"
@@ -57,7 +58,7 @@ func TestChangesGiveTheDiskAtItsCut(t *testing.T) {
 		require.NoError(t, err)
 		for last := int64(0); ; {
 			m, err := stream.Recv()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			require.NoError(t, err)
@@ -97,7 +98,7 @@ func TestHashesCoverTheWindow(t *testing.T) {
 	next := int64(128 << 10)
 	for {
 		m, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		require.NoError(t, err)

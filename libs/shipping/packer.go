@@ -1,0 +1,246 @@
+package shipping
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/segment"
+)
+
+const (
+	// zeroBlock is the unit in which zeros are looked for, at multiples of it on the disk, in bytes.
+	zeroBlock = 4 << 10
+	// shortGap: zeros between data that are shorter than this stay with the data, as in package segment.
+	shortGap = 32 << 10
+)
+
+var zeroes [zeroBlock]byte
+
+// PackOptions describe the segments of one disk in one attempt of a task.
+type PackOptions struct {
+	// Key places the segments; K is counted by the packer.
+	Key replica.SegmentKey
+	// Header says whose changes they are.
+	Header segment.Header
+	// Compression of their frames.
+	Compression segment.Compression
+	// SkipZeros leaves out blocks of zeros: only right where nothing can lie under them. Otherwise they become zero
+	// extents.
+	SkipZeros bool
+	// Put stores a finished segment (replica.Replica.PutSegment, with whatever must happen around it).
+	Put func(ctx context.Context, key replica.SegmentKey, body []byte, sha [32]byte) (replica.Segment, error)
+}
+
+// Packed is what a packer made, in bytes.
+type Packed struct {
+	// Segments in order.
+	Segments []replica.Segment
+	// Changed is the length of all runs that were added.
+	Changed int64
+	// Data and Zero are the bytes of data extents and of zero extents.
+	Data, Zero int64
+	// Stored is the size of the segments.
+	Stored int64
+}
+
+// Packer turns the ascending runs of one disk into segments. While a full segment is stored, the next one fills;
+// never more than two buffers of the pool are held. It is not safe for concurrent use. Finish or Abort ends it.
+type Packer struct {
+	pool *Pool
+	o    PackOptions
+
+	w       *segment.Writer // nil when no segment is open
+	buf     []byte          // of w
+	dataEnd int64           // end of the last data given to w, -1 for none
+	gap     extent.Range    // zeros left out that may still turn out to be a short gap
+	storing chan stored     // nil when no segment is being stored
+	out     Packed
+	k       int
+	err     error // sticky
+}
+
+type stored struct {
+	seg   replica.Segment
+	stats segment.Stats
+	err   error
+}
+
+// NewPacker returns a packer that has no buffer yet.
+func NewPacker(pool *Pool, o PackOptions) *Packer { return &Packer{pool: pool, o: o, dataEnd: -1} }
+
+// Add packs one run. Runs ascend, do not overlap, and are aligned to 512 bytes. It waits while the pool has no
+// buffer. After an error the packer can only be aborted.
+func (p *Packer) Add(ctx context.Context, r Run) error {
+	if p.err != nil {
+		return p.err
+	}
+	p.out.Changed += r.Len
+	p.err = p.add(ctx, r)
+	return p.err
+}
+
+func (p *Packer) add(ctx context.Context, r Run) error {
+	switch {
+	case r.Data == nil && p.o.SkipZeros:
+		p.skip(r.Range)
+		return nil
+	case r.Data == nil:
+		return p.write(ctx, func(w *segment.Writer) error { return w.Zero(r.Off, r.Len) })
+	case !p.o.SkipZeros:
+		return p.write(ctx, func(w *segment.Writer) error { return w.Data(r.Off, r.Data) })
+	}
+	for off, data := r.Off, r.Data; len(data) > 0; {
+		n, zero := blocks(off, data)
+		if zero {
+			p.skip(extent.Range{Off: off, Len: int64(n)})
+		} else if err := p.data(ctx, off, data[:n]); err != nil {
+			return err
+		}
+		off, data = off+int64(n), data[n:]
+	}
+	return nil
+}
+
+// skip leaves out zeros, remembering those that directly follow data.
+func (p *Packer) skip(r extent.Range) {
+	switch {
+	case p.gap.Len > 0 && p.gap.End() == r.Off:
+		p.gap.Len += r.Len
+	case p.dataEnd == r.Off:
+		p.gap = r
+	default:
+		p.gap = extent.Range{}
+	}
+}
+
+func (p *Packer) data(ctx context.Context, off int64, data []byte) error {
+	gap := p.gap
+	p.gap = extent.Range{}
+	err := p.write(ctx, func(w *segment.Writer) error {
+		if gap.Len > 0 && gap.Len < shortGap && gap.End() == off && p.dataEnd == gap.Off && !w.Empty() {
+			if err := w.Zero(gap.Off, gap.Len); err != nil { // between data: the writer keeps it as data
+				return err
+			}
+		}
+		return w.Data(off, data)
+	})
+	p.dataEnd = off + int64(len(data))
+	return err
+}
+
+// blocks measures the longest prefix of p that is all zero blocks or all other blocks.
+func blocks(off int64, p []byte) (n int, zero bool) {
+	for n < len(p) {
+		step := min(zeroBlock-int((off+int64(n))%zeroBlock), len(p)-n)
+		is := bytes.Equal(p[n:n+step], zeroes[:step])
+		if n > 0 && is != zero {
+			break
+		}
+		zero = is
+		n += step
+	}
+	return n, zero
+}
+
+// write calls do with a segment that has room.
+func (p *Packer) write(ctx context.Context, do func(w *segment.Writer) error) error {
+	if p.w == nil {
+		buf, err := p.pool.get(ctx)
+		if err != nil {
+			return fmt.Errorf("wait for a segment buffer: %w", err)
+		}
+		w, err := segment.NewWriter(p.o.Header, buf, segment.Options{Target: p.pool.target, Compression: p.o.Compression})
+		if err != nil {
+			p.pool.put(buf)
+			return err
+		}
+		p.w, p.buf = w, buf
+	}
+	if err := do(p.w); err != nil {
+		return err
+	}
+	if !p.w.Full() {
+		return nil
+	}
+	return p.seal(ctx)
+}
+
+// seal finishes the open segment and begins to store it, after the one before is stored.
+func (p *Packer) seal(ctx context.Context) error {
+	w, buf := p.w, p.buf
+	p.w, p.buf = nil, nil
+	if w.Empty() {
+		p.pool.put(buf)
+		return nil
+	}
+	body, sha, stats, err := w.Finish()
+	if err != nil {
+		p.pool.put(buf)
+		return err
+	}
+	if err := p.settle(); err != nil {
+		p.pool.put(body)
+		return err
+	}
+	key := p.o.Key
+	key.K = p.k
+	p.k++
+	done := make(chan stored, 1)
+	p.storing = done
+	go func() { // waited for by settle, which Finish and Abort call
+		seg, err := p.o.Put(ctx, key, body, sha)
+		p.pool.put(body)
+		done <- stored{seg, stats, err}
+	}()
+	return nil
+}
+
+// settle waits for the segment that is being stored.
+func (p *Packer) settle() error {
+	if p.storing == nil {
+		return nil
+	}
+	s := <-p.storing
+	p.storing = nil
+	if s.err != nil {
+		return s.err
+	}
+	p.out.Segments = append(p.out.Segments, s.seg)
+	p.out.Data += s.stats.Data
+	p.out.Zero += s.stats.Zero
+	p.out.Stored += s.stats.Stored
+	return nil
+}
+
+// Finish stores what is left and returns what was made. The packer is of no further use.
+func (p *Packer) Finish(ctx context.Context) (Packed, error) {
+	err := p.err
+	if err == nil && p.w != nil {
+		err = p.seal(ctx)
+	}
+	if err = errors.Join(err, p.settle()); err != nil {
+		p.err = err
+		p.Abort()
+		return Packed{}, err
+	}
+	return p.out, nil
+}
+
+// Abort gives up: it waits for a segment that is being stored and gives back all buffers. It may be called at any
+// time, after Finish too.
+func (p *Packer) Abort() {
+	if p.err == nil {
+		p.err = errAborted
+	}
+	_ = p.settle() // its segment is an orphan, whatever became of it
+	if p.w != nil {
+		p.pool.put(p.buf)
+		p.w, p.buf = nil, nil
+	}
+}
+
+var errAborted = errors.New("packer was aborted")

@@ -1,0 +1,141 @@
+package uploader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/shipping"
+	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
+)
+
+// applier brings replica disks up to their chains.
+type applier struct {
+	config   Config
+	replicas *replicas
+	clock    func() time.Time
+	metrics  *metrics
+	logger   *slog.Logger
+}
+
+// applied is how far a lineage's disks are.
+type applied struct {
+	// seq is the manifest at which all disks are at rest.
+	seq replica.Seq
+	// point is the newest point at or below it; 0 for none.
+	point replica.Ordinal
+	// checkpoint is the newest one; 0 for none.
+	checkpoint replica.Seq
+}
+
+// apply brings the disks to the head of the chain and makes the checkpoint that the task wants. ErrBusy and
+// ErrLeaseLost: another applier is at work, the task must come again.
+func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask) (applied, error) {
+	l, err := a.replicas.lineage(ctx, t.GetLineage())
+	if err != nil {
+		return applied{}, err
+	}
+	select {
+	case l.turn <- struct{}{}:
+		defer func() { <-l.turn }()
+	case <-ctx.Done():
+		return applied{}, ctx.Err()
+	}
+	if seq := replica.Seq(t.GetSequence()); seq > 0 && l.last.seq >= seq && t.GetCheckpointAge() == nil {
+		return l.last, nil // an earlier task went further: this one was merged into it
+	}
+	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
+		return applied{}, err
+	}
+	progress, err := shipping.Drain(ctx, l.r, replica.ApplierOptions{
+		Clock: a.clock, Parallel: a.config.Apply.Parallel, Lease: a.config.Apply.Lease,
+		Takeover: a.config.Apply.SoleApplier, MaxBatchBytes: a.config.Apply.BatchBytes,
+	})
+	a.metrics.applied(ctx, progress.Written)
+	if err != nil {
+		return applied{}, fmt.Errorf("apply the journal: %w", err)
+	}
+	if err := failpoint.Hit(fpAfterPageWrite); err != nil {
+		return applied{}, err
+	}
+	var age *time.Duration
+	if t.GetCheckpointAge() != nil {
+		d := t.GetCheckpointAge().AsDuration()
+		age = &d
+	}
+	out, err := a.checkpoint(ctx, l.r, progress.Applied, age)
+	if err != nil {
+		return applied{}, err
+	}
+	l.last = out
+	return out, nil
+}
+
+// checkpoint finds the newest point at or below the applied manifest, and marks it when it is exactly there and the
+// newest checkpoint is older than age. Nil age: only the protocol's own checkpoints, which Advance has made.
+func (a *applier) checkpoint(ctx context.Context, r *replica.Replica, at replica.Seq, age *time.Duration) (applied, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.config.StorageTimeout)
+	defer cancel()
+	out := applied{seq: at}
+	points, err := r.Points(ctx)
+	if err != nil {
+		return out, fmt.Errorf("list the points: %w", err)
+	}
+	newest := replica.Seq(0)
+	for _, p := range points {
+		if p.Seq > at {
+			break
+		}
+		out.point, newest = p.Ordinal, p.Seq
+		if p.Checkpointed {
+			out.checkpoint = p.Seq
+		}
+	}
+	if age == nil || newest != at || out.checkpoint == at {
+		return out, nil
+	}
+	if out.checkpoint > 0 {
+		young, err := a.younger(ctx, r, out.checkpoint, *age)
+		if err != nil {
+			return out, err
+		}
+		if young {
+			return out, nil
+		}
+	}
+	if err := failpoint.Hit(fpBeforeCheckpoint); err != nil {
+		return out, err
+	}
+	_, err = r.Checkpoint(ctx, at)
+	switch {
+	case err == nil:
+		out.checkpoint = at
+		a.metrics.checkpointed(ctx)
+	case errors.Is(err, replica.ErrNotAtRest), errors.Is(err, replica.ErrVoid):
+		// Another applier has gone on, or retention forbids it: the next task makes one at a later point.
+		a.logger.InfoContext(ctx, "no checkpoint at this point", "lineage", string(r.Lineage()), "sequence", uint64(at), "error", err)
+	default:
+		return out, fmt.Errorf("make a checkpoint: %w", err)
+	}
+	return out, failpoint.Hit(fpAfterCheckpoint)
+}
+
+// younger reports whether a checkpoint is younger than age, by storage time.
+func (a *applier) younger(ctx context.Context, r *replica.Replica, seq replica.Seq, age time.Duration) (bool, error) {
+	c, err := r.ReadCheckpoint(ctx, seq)
+	if errors.Is(err, replica.ErrNotFound) || errors.Is(err, replica.ErrVoid) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read the newest checkpoint: %w", err)
+	}
+	now, err := r.Store().Now(ctx)
+	if err != nil {
+		return false, fmt.Errorf("ask storage for its time: %w", err)
+	}
+	return now.Sub(c.Created) < age, nil
+}

@@ -1,0 +1,124 @@
+package uploader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/shipping"
+	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
+)
+
+// Deps is what the service is given.
+type Deps struct {
+	// Bus carries tasks and events; its name is the source of events ("uploader").
+	Bus *bus.Bus
+	// Store holds the lineages.
+	Store blobstore.Store
+	// Hosts finds change trackers; needed for role ship.
+	Hosts Hosts
+	// Clock is the time; nil means the system's.
+	Clock func() time.Time
+	// Logger; nil discards.
+	Logger *slog.Logger
+	// MeterProvider; nil means none. Spans come from the bus and from the connections to hosts.
+	MeterProvider metric.MeterProvider
+}
+
+// Service is one uploader.
+type Service struct {
+	uploaderv1.UnimplementedUploaderServiceServer
+
+	config  Config
+	bus     *bus.Bus
+	shipper *shipper
+	applier *applier
+	metrics *metrics
+	logger  *slog.Logger
+	clock   func() time.Time
+
+	mu     sync.Mutex
+	tasks  int64
+	active map[int64]string
+}
+
+// New builds an uploader; Run starts it.
+func New(config Config, deps Deps) (*Service, error) {
+	errs := []error{config.Validate()}
+	need := func(ok bool, what string) {
+		if !ok {
+			errs = append(errs, errors.New(what+" is needed"))
+		}
+	}
+	need(deps.Bus != nil, "a bus")
+	need(deps.Store != nil, "a store")
+	need(deps.Hosts != nil || !slices.Contains(config.Roles, RoleShip), "a way to hosts for role ship")
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("build the uploader: %w", err)
+	}
+	if deps.Clock == nil {
+		deps.Clock = time.Now
+	}
+	if deps.Logger == nil {
+		deps.Logger = slog.New(slog.DiscardHandler)
+	}
+	pool := shipping.NewPool(config.Ship.Buffers, config.Ship.SegmentBytes)
+	m, err := newMetrics(deps.MeterProvider, pool)
+	if err != nil {
+		return nil, fmt.Errorf("build the uploader: %w", err)
+	}
+	known := newReplicas(deps.Store)
+	return &Service{
+		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[int64]string{},
+		shipper: &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, metrics: m, logger: deps.Logger},
+		applier: &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
+	}, nil
+}
+
+// Register offers UploaderService on a server.
+func (s *Service) Register(r grpc.ServiceRegistrar) { uploaderv1.RegisterUploaderServiceServer(r, s) }
+
+// Run takes tasks until ctx ends and the tasks in work have stopped. An error is a consumer that cannot be set up.
+func (s *Service) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, role := range s.config.Roles {
+		consumer, handle, err := s.consumer(role)
+		if err != nil {
+			return fmt.Errorf("run role %s: %w", role, err)
+		}
+		group.Go(func() error {
+			if err := consumer.Run(ctx, handle); err != nil {
+				return fmt.Errorf("run role %s: %w", role, err)
+			}
+			return nil
+		})
+	}
+	s.logger.InfoContext(ctx, "uploader runs", "roles", s.config.Roles, "site", s.config.Site)
+	return group.Wait()
+}
+
+func (s *Service) consumer(role Role) (*bus.Consumer, func(context.Context, *bus.Task) error, error) {
+	if role == RoleShip {
+		c, err := s.bus.Consumer(bus.KindShip, s.config.Site, durableShip, bus.ConsumerOptions{
+			Concurrency: s.config.Ship.Concurrency,
+			RetryDelay:  s.config.Ship.RetryDelay, RetryDelayMax: 10 * s.config.Ship.RetryDelay,
+		})
+		return c, s.handleShip, err
+	}
+	apply := s.config.Apply
+	c, err := s.bus.Consumer(bus.KindApply, bus.AllSites, durableApply, bus.ConsumerOptions{
+		Concurrency: apply.Concurrency, MaxDeliver: apply.BusyDeliveries,
+		RetryDelay: apply.BusyDelay, RetryDelayMax: 4 * apply.BusyDelay,
+	})
+	return c, s.handleApply, err
+}
