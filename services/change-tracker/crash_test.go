@@ -385,7 +385,7 @@ func TestPlantedBugsAreCaught(t *testing.T) {
 		t.Skip("many runs")
 	}
 	for name, bug := range map[string]func(*Tracker){
-		"extent cooled by a seal (rule 1)":            func(t *Tracker) { t.bugs.coolOnSeal = true },
+		"extent cooled by a seal (rule 1)":             func(t *Tracker) { t.bugs.coolOnSeal = true },
 		"old log data over a newer live copy (rule 2)": func(t *Tracker) { t.bugs.keepChainAcrossGap = true },
 		"pass cleared before it committed (I-5)":       func(t *Tracker) { t.bugs.clearPassEarly = true },
 	} {

@@ -63,6 +63,9 @@ func (m *machine) cut(lineage string, ordinal, epoch uint64) (Point, error) {
 	if r.Pass != nil {
 		return Point{}, fmt.Errorf("%w: pass %d", ErrOpen, r.Pass.Ordinal)
 	}
+	if r.Reason == InitialReplication {
+		return Point{}, fmt.Errorf("%w: %s", ErrPassRequired, r.Detail)
+	}
 	if r.Reason != None {
 		return Point{}, fmt.Errorf("%w: %s: %s", ErrResyncRequired, r.Reason, r.Detail)
 	}

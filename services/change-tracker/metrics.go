@@ -42,3 +42,5 @@ func newMetrics(p metric.MeterProvider) (*metrics, error) {
 func (m *metrics) pause(d time.Duration) { m.pauses.Record(context.Background(), d.Seconds()) }
 
 func (m *metrics) degraded() { m.degrades.Add(context.Background(), 1) }
+
+func (m *metrics) read(n int) { m.readBytes.Add(context.Background(), int64(n)) }

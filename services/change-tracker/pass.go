@@ -33,6 +33,9 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 	if err := m.known(ordinal); err != nil {
 		return Point{}, err
 	}
+	if scope == DirtyOnly && r.Reason == InitialReplication {
+		return Point{}, fmt.Errorf("%w: a FULL one: %s", ErrPassRequired, r.Detail)
+	}
 	if scope == DirtyOnly && r.Reason != None {
 		return Point{}, fmt.Errorf("%w: %s: a DIRTY pass has no baseline: %s", ErrResyncRequired, r.Reason, r.Detail)
 	}

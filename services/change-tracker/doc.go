@@ -1,0 +1,9 @@
+// Package changetracker runs on each host, beside the disks: it is the only writer of the images it serves to guests by
+// NBD, keeps what changed between points in write logs, and reads and hashes ranges for uploaders and resync engines.
+// It never decides when a point is cut, and never sends anything anywhere.
+//
+// design.md has the invariants and the tables of interruptions; docs/formats/sidecar.md and point-record.md specify the
+// files. The domain (Tracker and below) knows neither gRPC nor telemetry; server.go decodes, calls it and encodes.
+//
+// Events: none. The scheduler learns by asking.
+package changetracker

@@ -1,0 +1,255 @@
+package nbd
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+// conn is one client.
+type conn struct {
+	server *Server
+	nc     net.Conn
+	in     *bufio.Reader
+	done   chan struct{}
+
+	disk       Disk
+	structured bool
+	meta       string // export that base:allocation was asked for; empty for none
+
+	mu       sync.Mutex // guards name and stopping
+	name     string
+	stopping bool
+
+	out sync.Mutex // one reply at a time
+}
+
+func (c *conn) export() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.name
+}
+
+func (c *conn) stopped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.stopping
+}
+
+// stop makes the reading end; requests in flight are answered still.
+func (c *conn) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stopping = true
+	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // an error means that it is closed already
+}
+
+// arm sets the read deadline unless the connection is to stop.
+func (c *conn) arm(deadline time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.stopping {
+		_ = c.nc.SetReadDeadline(deadline)
+	}
+}
+
+var errAbort = errors.New("nbd: client ended the negotiation")
+
+func (c *conn) run() error {
+	defer func() { _ = c.nc.Close() }()
+	if tcp, ok := c.nc.(*net.TCPConn); ok {
+		_ = tcp.SetNoDelay(true) // the default; a failure costs latency only
+	}
+	c.in = bufio.NewReaderSize(c.nc, 256<<10)
+	c.arm(time.Now().Add(handshakeTimeout))
+	err := c.negotiate()
+	if errors.Is(err, errAbort) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	c.arm(time.Time{})
+	return c.transmit()
+}
+
+func (c *conn) negotiate() error {
+	hello := binary.BigEndian.AppendUint64(nil, magicServer)
+	hello = binary.BigEndian.AppendUint64(hello, magicOption)
+	hello = binary.BigEndian.AppendUint16(hello, flagFixedNewstyle|flagNoZeroes)
+	if _, err := c.nc.Write(hello); err != nil {
+		return err
+	}
+	var flags [4]byte
+	if _, err := io.ReadFull(c.in, flags[:]); err != nil {
+		return err
+	}
+	client := binary.BigEndian.Uint32(flags[:])
+	if client&^(flagFixedNewstyle|flagNoZeroes) != 0 {
+		return fmt.Errorf("%w: client flags %#x", errProtocol, client)
+	}
+	for range maxOptions {
+		var head [16]byte
+		if _, err := io.ReadFull(c.in, head[:]); err != nil {
+			return err
+		}
+		if m := binary.BigEndian.Uint64(head[:]); m != magicOption {
+			return fmt.Errorf("%w: option magic %#x", errProtocol, m)
+		}
+		opt, n := binary.BigEndian.Uint32(head[8:]), binary.BigEndian.Uint32(head[12:])
+		if n > maxOption {
+			if n > MaxRequest || opt == optExportName {
+				return fmt.Errorf("%w: option of %d bytes", errProtocol, n)
+			}
+			if _, err := io.CopyN(io.Discard, c.in, int64(n)); err != nil {
+				return err
+			}
+			if err := c.reply(opt, errTooBig, nil); err != nil {
+				return err
+			}
+			continue
+		}
+		data := make([]byte, n)
+		if _, err := io.ReadFull(c.in, data); err != nil {
+			return err
+		}
+		done, err := c.option(opt, data, client&flagNoZeroes != 0)
+		if done || err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: more than %d options", errProtocol, maxOptions)
+}
+
+// option answers one option; true ends the negotiation.
+func (c *conn) option(opt uint32, data []byte, noZeroes bool) (bool, error) {
+	switch opt {
+	case optExportName:
+		d, err := c.open(string(data))
+		if err != nil {
+			return false, err // the protocol has no way to refuse but to hang up
+		}
+		b := binary.BigEndian.AppendUint64(nil, uint64(d.Size()))
+		b = binary.BigEndian.AppendUint16(b, exportFlags)
+		if !noZeroes {
+			b = append(b, make([]byte, 124)...)
+		}
+		_, err = c.nc.Write(b)
+		return true, err
+	case optAbort:
+		return false, errors.Join(c.reply(opt, repAck, nil), errAbort)
+	case optList:
+		if len(data) != 0 {
+			return false, c.reply(opt, errInvalid, nil)
+		}
+		for _, name := range c.server.exports.Exports() {
+			b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
+			if err := c.reply(opt, repServer, append(b, name...)); err != nil {
+				return false, err
+			}
+		}
+		return false, c.reply(opt, repAck, nil)
+	case optInfo, optGo:
+		return c.info(opt, data)
+	case optStructuredReply:
+		if len(data) != 0 {
+			return false, c.reply(opt, errInvalid, nil)
+		}
+		c.structured = true
+		return false, c.reply(opt, repAck, nil)
+	case optListMeta, optSetMeta:
+		return false, c.metaContext(opt, data)
+	default:
+		return false, c.reply(opt, errUnsup, nil)
+	}
+}
+
+func (c *conn) info(opt uint32, data []byte) (bool, error) {
+	name, err := parseInfo(data)
+	if err != nil {
+		return false, c.reply(opt, errInvalid, []byte(err.Error()))
+	}
+	d, err := c.server.exports.Open(name)
+	if err == nil && opt == optGo {
+		d, err = c.open(name)
+	}
+	if err != nil {
+		return false, c.reply(opt, errUnknown, []byte(err.Error()))
+	}
+	b := binary.BigEndian.AppendUint16(nil, infoExport)
+	b = binary.BigEndian.AppendUint64(b, uint64(d.Size()))
+	b = binary.BigEndian.AppendUint16(b, exportFlags)
+	if err := c.reply(opt, repInfo, b); err != nil {
+		return false, err
+	}
+	b = binary.BigEndian.AppendUint16(nil, infoBlockSize)
+	b = binary.BigEndian.AppendUint32(b, SectorSize)
+	b = binary.BigEndian.AppendUint32(b, 4096)
+	b = binary.BigEndian.AppendUint32(b, MaxRequest)
+	if err := c.reply(opt, repInfo, b); err != nil {
+		return false, err
+	}
+	return opt == optGo, c.reply(opt, repAck, nil)
+}
+
+func (c *conn) metaContext(opt uint32, data []byte) error {
+	q, err := parseMeta(data)
+	if err != nil || !c.structured {
+		return c.reply(opt, errInvalid, nil)
+	}
+	if _, err := c.server.exports.Open(q.export); err != nil {
+		return c.reply(opt, errUnknown, []byte(err.Error()))
+	}
+	if opt == optSetMeta {
+		c.meta = ""
+	}
+	found := opt == optListMeta && len(q.queries) == 0
+	for _, query := range q.queries {
+		found = found || query == contextName || opt == optListMeta && query == "base:"
+	}
+	if found {
+		id := uint32(0)
+		if opt == optSetMeta {
+			c.meta, id = q.export, contextID
+		}
+		b := binary.BigEndian.AppendUint32(nil, id)
+		if err := c.reply(opt, repMeta, append(b, contextName...)); err != nil {
+			return err
+		}
+	}
+	return c.reply(opt, repAck, nil)
+}
+
+// open takes the export for this connection. The name is visible to CloseExports before the disk is looked up, so that
+// a detach either finds the connection or makes the look-up fail.
+func (c *conn) open(name string) (Disk, error) {
+	c.mu.Lock()
+	c.name = name
+	c.mu.Unlock()
+	d, err := c.server.exports.Open(name)
+	if err != nil {
+		c.mu.Lock()
+		c.name = ""
+		c.mu.Unlock()
+		return nil, err
+	}
+	if c.meta != name {
+		c.meta = ""
+	}
+	c.disk = d
+	return d, nil
+}
+
+func (c *conn) reply(opt, kind uint32, data []byte) error {
+	b := binary.BigEndian.AppendUint64(nil, magicReply)
+	b = binary.BigEndian.AppendUint32(b, opt)
+	b = binary.BigEndian.AppendUint32(b, kind)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+	_, err := c.nc.Write(append(b, data...))
+	return err
+}
