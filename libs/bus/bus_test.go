@@ -190,6 +190,7 @@ func TestPermanentError(t *testing.T) {
 }
 
 func TestLongWorkIsNotDeliveredTwice(t *testing.T) {
+	t.Parallel()
 	b, ctx := open(t), testkit.Context(t)
 	var calls atomic.Int64
 	begin := time.Now()
@@ -226,6 +227,7 @@ func TestStoppingGivesBackWithoutCounting(t *testing.T) {
 
 // A worker whose process is gone sends neither signs of life nor an answer.
 func TestLostWorker(t *testing.T) {
+	t.Parallel()
 	server := bustest.Serve(t, bus.ServerOptions{})
 	b, ctx := bustest.Dial(t, bus.Options{Server: server}), testkit.Context(t)
 	require.NoError(t, b.Declare(ctx, bus.Declaration{}))

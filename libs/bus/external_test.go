@@ -22,6 +22,7 @@ import (
 )
 
 func TestExternalServerDiesAndComesBack(t *testing.T) {
+	t.Parallel()
 	server := bustest.StartExternal(t)
 	ctx := testkit.Context(t)
 	require.NoError(t, bus.CheckDurability(ctx, server.Monitor))
@@ -155,6 +156,7 @@ func TestEmbeddedKeepsStateAndSaysWhyItDoesNotStart(t *testing.T) {
 
 // A proxy that swallows answers: the write happens, its writer is not told.
 func TestKVWriteWhoseAnswerIsLost(t *testing.T) {
+	t.Parallel()
 	server := bustest.Serve(t, bus.ServerOptions{Listen: "127.0.0.1:0"})
 	p := newProxy(t, server.URL()[len("nats://"):])
 	ctx := testkit.Context(t)

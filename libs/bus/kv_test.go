@@ -141,7 +141,8 @@ func TestKVListAndWatch(t *testing.T) {
 	}
 	require.Equal(t, []string{"1 s2.v1 s2.v1", "3  ", "1 s2.v1 new", "2 s2.v1 "}, steps)
 
-	for range kv.Watch(ctx, "") { // leaving the loop leaves nothing behind
+	for _, err := range kv.Watch(ctx, "") { // leaving the loop leaves nothing behind
+		require.NoError(t, err)
 		break
 	}
 }
@@ -205,6 +206,7 @@ func TestLeaseHandsOver(t *testing.T) {
 // Contenders come, hold, release or lose their connection, at random. Whoever
 // says Valid is alone, and generations only grow.
 func TestLeaseHistoryNeverOverlaps(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("some seconds")
 	}
@@ -218,7 +220,7 @@ func TestLeaseHistoryNeverOverlaps(t *testing.T) {
 	var last *bus.Lease
 	var highest uint64
 	var held int
-	end := time.Now().Add(5 * time.Second)
+	end := time.Now().Add(4 * time.Second)
 	var wg sync.WaitGroup
 	for n := range 3 {
 		wg.Go(func() {

@@ -140,7 +140,7 @@ func hit(points map[string]*point, name string) error {
 	case actPanic:
 		panic("failpoint " + name)
 	case actDelay:
-		time.Sleep(p.wait)
+		time.Sleep(p.wait) //nolint:forbidigo // delaying is what was asked for
 	case actFunc:
 		return p.fn()
 	case actOff:

@@ -51,7 +51,8 @@ func TestFillAtIsOneContent(t *testing.T) {
 
 func TestSeedIsRepeatable(t *testing.T) {
 	t.Setenv(SeedEnv, "42")
-	require.Equal(t, Rand(t).Uint64(), Rand(t).Uint64())
+	first, second := Rand(t).Uint64(), Rand(t).Uint64()
+	require.Equal(t, first, second)
 }
 
 func TestLogs(t *testing.T) {

@@ -119,7 +119,7 @@ func (e *External) Kill() {
 
 func binary(t testing.TB) string {
 	t.Helper()
-	if path := os.Getenv(BinaryEnv); path != "" {
+	if path := os.Getenv(BinaryEnv); path != "" { //nolint:forbidigo // a test device, not configuration
 		return path
 	}
 	dir, err := os.Getwd()
@@ -131,7 +131,7 @@ func binary(t testing.TB) string {
 			}
 		}
 	}
-	if testing.Short() && os.Getenv("CI") != "true" {
+	if testing.Short() && os.Getenv("CI") != "true" { //nolint:forbidigo // a test device, not configuration
 		t.Skip("no nats-server program, and building one takes longer than a short test")
 	}
 	out := filepath.Join(t.TempDir(), "nats-server")
