@@ -134,6 +134,8 @@ type Container interface {
 	PageRanges(ctx context.Context, name string, snapshot SnapshotID, offset, length int64) iter.Seq2[PageRange, error]
 	// SetSequence sets the page blob's sequence number, durably ordered after every page write
 	// that returned before the call.
+	// After an error outside the sentinels the number is either one, and page writes since the last successful
+	// call may be lost: redo them before the number says that they are there, do not just repeat the call.
 	SetSequence(ctx context.Context, name string, n int64, cond Conditions) (Properties, error)
 	// SnapshotPages freezes the page blob's present content, size and sequence number under a new id,
 	// durably. Ids of one blob sort by age. The blob's own ETag does not change. Nil metadata copies the

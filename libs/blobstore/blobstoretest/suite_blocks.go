@@ -310,7 +310,7 @@ func testListModel(e *env) {
 }
 
 func testLargeList(e *env) {
-	const n = 1500
+	const n = 1200
 	errs := race(4, func(w int) error {
 		for i := w; i < n; i += 4 {
 			if _, err := e.put(fmt.Sprintf("log/%08d.json", i), "{}", blobstore.Conditions{CreateOnly: true}); err != nil {

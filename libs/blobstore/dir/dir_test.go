@@ -1,6 +1,7 @@
 package dir
 
 import (
+	"flag"
 	"sync"
 	"testing"
 	"time"
@@ -15,6 +16,10 @@ import (
 func TestMain(m *testing.M) {
 	if child() {
 		return
+	}
+	// Each example costs some dozens of fsyncs; the memory store runs the suite's models in full.
+	if err := flag.Set("rapid.checks", "25"); err != nil {
+		panic(err)
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -302,8 +302,7 @@ func (c *container) writeOnce(ctx context.Context, r ref, cond blobstore.Conditi
 		if st, err = c.s.settle(h, cond, true); err != nil {
 			return p, false, err
 		}
-		if !st.dirty {
-			st.gen++
+		if !st.dirty { // durable before the first page: after a power loss settle knows that pages may differ
 			st.dirty, st.boot, st.modified = true, c.s.boot, c.s.stamp(time.Time{}).UnixNano()
 			if err := c.s.writeState(h.state, &st, true); err != nil {
 				return p, false, err

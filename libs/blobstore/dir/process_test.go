@@ -1,3 +1,0 @@
-package dir
-
-func child() bool { return false }
