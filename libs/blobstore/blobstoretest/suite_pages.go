@@ -346,7 +346,7 @@ func testSnapshotRace(e *env) {
 			}
 		}
 	})
-	for range 30 {
+	for range 8 {
 		id, _, err := e.c.SnapshotPages(e.ctx, "p", nil, blobstore.Conditions{})
 		require.NoError(e, err)
 		data := e.read("p", id, 0, size)

@@ -141,7 +141,7 @@ func TestProcessesCreateOnly(t *testing.T) {
 	}
 }
 
-const countTo = 2000
+const countTo = 800
 
 // childLease takes the lease from whoever has it, counts a few steps in page 0 under it and is then
 // overthrown. Each value it wrote is printed: if a write of an overthrown holder ever landed, two
