@@ -8,7 +8,7 @@ PROGRAMS := host-provider change-tracker uploader resync-engine scheduler failov
 TOOLS    := $(CURDIR)/.tools/bin
 BIN      := $(CURDIR)/bin
 VERSION  ?= $(shell git describe --always --dirty 2>/dev/null || echo dev)
-LDFLAGS  := -s -w -X github.com/landfall-dr/landfall/libs/lifecycle.Version=$(VERSION)
+LDFLAGS  := -s -w -X github.com/landfall-dr/landfall/libs/program.Version=$(VERSION)
 
 # Pinned tools: the only place where their versions stand.
 BUF_VERSION             := v1.75.0
