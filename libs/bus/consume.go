@@ -97,8 +97,11 @@ func (b *Bus) pull(ctx context.Context, s spec, progress func()) error {
 	if err != nil {
 		return err
 	}
-	defer b.giveBack(messages)
+	defer b.giveBack(ctx, s, messages)
 	for {
+		if ctx.Err() != nil { // before Next, which would ask for a message that nobody wants
+			return ctx.Err()
+		}
 		msg, err := messages.Next(jetstream.NextContext(ctx))
 		if err != nil {
 			return err
@@ -109,7 +112,9 @@ func (b *Bus) pull(ctx context.Context, s spec, progress func()) error {
 }
 
 // giveBack returns a message that arrived after nobody wanted one.
-func (b *Bus) giveBack(messages jetstream.MessagesContext) {
+func (b *Bus) giveBack(ctx context.Context, s spec, messages jetstream.MessagesContext) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), requestTimeout)
+	defer cancel()
 	messages.Drain()
 	for {
 		msg, err := messages.Next(jetstream.NextMaxWait(time.Second))
@@ -117,21 +122,34 @@ func (b *Bus) giveBack(messages jetstream.MessagesContext) {
 			messages.Stop()
 			return
 		}
-		_ = msg.Nak()
+		d, err := newDelivery(msg)
+		if err == nil {
+			err = b.giveBackOne(ctx, s, d, nil)
+		}
+		if err != nil {
+			b.logger.WarnContext(ctx, "message not given back, redelivery waits for the ack wait", "queue", s.queue, "error", err)
+		}
 	}
 }
 
-func (b *Bus) deliver(ctx context.Context, s spec, msg jetstream.Msg) {
+func newDelivery(msg jetstream.Msg) (*delivery, error) {
 	meta, err := msg.Metadata()
 	if err != nil {
-		b.logger.ErrorContext(ctx, "message without JetStream metadata", "queue", s.queue, "error", err)
-		return
+		return nil, fmt.Errorf("message without JetStream metadata: %w", err)
 	}
 	d := &delivery{msg: msg, meta: meta, attempt: int(meta.NumDelivered)}
 	if n, err := strconv.Atoi(msg.Headers().Get(headerDeliveries)); err == nil && n > 0 {
 		d.attempt += n
 	}
+	return d, nil
+}
 
+func (b *Bus) deliver(ctx context.Context, s spec, msg jetstream.Msg) {
+	d, err := newDelivery(msg)
+	if err != nil {
+		b.logger.ErrorContext(ctx, "message dropped", "queue", s.queue, "error", err)
+		return
+	}
 	name := s.span
 	if s.spanOf != nil {
 		name = s.spanOf(d)

@@ -220,8 +220,8 @@ func (l *Lease) Valid() bool {
 	return l.ctx.Err() == nil && time.Now().Before(l.expiry)
 }
 
-// Release ends the lease's context and lets the next contender in at once. It
-// waits for the renewals to end. Stop what the lease protects first.
+// Release ends the lease's context and lets a waiting contender in, within two
+// seconds at the latest. It waits for the renewals to end. Stop what the lease protects first.
 func (l *Lease) Release(ctx context.Context) error {
 	l.cancel(context.Canceled)
 	<-l.done
