@@ -42,7 +42,10 @@ type ApplierOptions struct {
 type Applier struct {
 	r     *Replica
 	o     ApplierOptions
-	disks map[string]*appliedDisk // by blob name, only during Advance
+	disks map[string]*appliedDisk // by blob name, only during Advance; changed by its goroutine alone
+
+	mu      sync.Mutex // guards renewed
+	renewed time.Time  // when every lease held was last known to be good
 
 	written, cleared atomic.Int64
 }
@@ -54,9 +57,7 @@ type appliedDisk struct {
 	a, t   Seq // what the number says, with a at least First-1
 	number int64
 
-	mu      sync.Mutex // guards renewed
-	lease   blobstore.LeaseID
-	renewed time.Time
+	lease blobstore.LeaseID
 }
 
 // Progress says where Advance got to.
@@ -100,6 +101,7 @@ func NewApplier(r *Replica, o ApplierOptions) (*Applier, error) {
 func (a *Applier) Advance(ctx context.Context, to Seq) (Progress, error) {
 	a.written.Store(0)
 	a.cleared.Store(0)
+	a.renewed = a.o.Clock() // no lease is older
 	p, err := a.advance(ctx, to)
 	for i := 0; i < 3 && errors.Is(err, errBehind); i++ {
 		// Another applier went on after we read the head and before we had its lease. We have it now.
@@ -266,7 +268,7 @@ func (a *Applier) take(ctx context.Context, ds DiskState, head Seq) (*appliedDis
 		if errors.Is(err, blobstore.ErrLeaseConflict) {
 			return nil, fmt.Errorf("disk %s: %w: %w", ds.ID, ErrBusy, err)
 		}
-		d.lease, d.renewed = id, a.o.Clock()
+		d.lease = id
 		a.disks[name] = d // also after an unknown outcome: release gives it back
 		if err != nil {
 			return nil, fmt.Errorf("lease disk %s: %w", ds.ID, err)
@@ -321,6 +323,7 @@ func (a *Applier) create(ctx context.Context, ds DiskState) error {
 // bring writes (d.a, target] to one disk: number going, pages, number at rest.
 func (a *Applier) bring(ctx context.Context, d *appliedDisk, entries []Entry, target Seq) error {
 	var o overlay
+	var list []named
 	want := d.a + 1
 	for _, e := range entries {
 		if e.Seq <= d.a || e.Seq > target {
@@ -337,9 +340,10 @@ func (a *Applier) bring(ctx context.Context, d *appliedDisk, entries []Entry, ta
 		if err != nil {
 			return err
 		}
-		if err := o.add(ctx, a.r, m, d.d); err != nil {
-			return err
-		}
+		list = collect(list, m, d.d)
+	}
+	if err := o.add(ctx, a.r, d.d, list, a.o.Parallel, func() error { return a.renew(ctx) }); err != nil {
+		return err
 	}
 	if target-d.a > maxStep {
 		return fmt.Errorf("batch from %d to %d: %w", d.a, target, ErrInvalid)
@@ -364,10 +368,10 @@ func (a *Applier) bring(ctx context.Context, d *appliedDisk, entries []Entry, ta
 }
 
 func (a *Applier) setNumber(ctx context.Context, d *appliedDisk, from, to Seq) error {
-	if err := failpoint.Hit("replica/before-sequence"); err != nil {
+	if err := failpoint.Hit(fpBeforeSequence); err != nil {
 		return err
 	}
-	if err := a.renew(ctx, d); err != nil {
+	if err := a.renew(ctx); err != nil {
 		return err
 	}
 	n := joinNumber(from, to)
@@ -375,7 +379,7 @@ func (a *Applier) setNumber(ctx context.Context, d *appliedDisk, from, to Seq) e
 		return d.wrap("set number", err)
 	}
 	d.number, d.a, d.t = n, from, to
-	return failpoint.Hit("replica/after-sequence")
+	return failpoint.Hit(fpAfterSequence)
 }
 
 func (a *Applier) pages(ctx context.Context, d *appliedDisk, o *overlay, first bool) error {
@@ -403,14 +407,14 @@ func (t pageTarget) cond(ctx context.Context) (blobstore.Conditions, error) {
 	if t.a.r.bugs.NoLeaseNoNumber {
 		return blobstore.Conditions{}, nil
 	}
-	if err := t.a.renew(ctx, t.d); err != nil {
+	if err := t.a.renew(ctx); err != nil {
 		return blobstore.Conditions{}, err
 	}
 	return blobstore.Conditions{Lease: t.d.lease, IfSequence: &t.d.number}, nil
 }
 
 func (t pageTarget) write(ctx context.Context, off int64, p []byte) error {
-	if err := failpoint.Hit("replica/before-page-write"); err != nil {
+	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
 		return err
 	}
 	cond, err := t.cond(ctx)
@@ -421,11 +425,11 @@ func (t pageTarget) write(ctx context.Context, off int64, p []byte) error {
 		return t.d.wrap("write pages", err)
 	}
 	t.a.written.Add(int64(len(p)))
-	return failpoint.Hit("replica/after-page-write")
+	return failpoint.Hit(fpAfterPageWrite)
 }
 
 func (t pageTarget) zero(ctx context.Context, off, length int64) error {
-	if err := failpoint.Hit("replica/before-page-write"); err != nil {
+	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
 		return err
 	}
 	cond, err := t.cond(ctx)
@@ -436,7 +440,7 @@ func (t pageTarget) zero(ctx context.Context, off, length int64) error {
 		return t.d.wrap("clear pages", err)
 	}
 	t.a.cleared.Add(length)
-	return failpoint.Hit("replica/after-page-write")
+	return failpoint.Hit(fpAfterPageWrite)
 }
 
 func (d *appliedDisk) wrap(what string, err error) error {
@@ -446,21 +450,24 @@ func (d *appliedDisk) wrap(what string, err error) error {
 	return fmt.Errorf("%s of disk %s: %w", what, d.d.ID, err)
 }
 
-// renew extends the lease once a third of it has passed.
-func (a *Applier) renew(ctx context.Context, d *appliedDisk) error {
-	if d.lease == "" {
-		return nil
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+// renew extends every lease that is held once a third of it has passed: while one disk is written, the others wait.
+func (a *Applier) renew(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 	now := a.o.Clock()
-	if now.Sub(d.renewed) < a.o.Lease/3 {
+	if now.Sub(a.renewed) < a.o.Lease/3 {
 		return nil
 	}
-	if err := a.r.replica.RenewLease(ctx, d.name, d.lease); err != nil {
-		return d.wrap("renew lease", err)
+	for _, name := range slices.Sorted(maps.Keys(a.disks)) {
+		d := a.disks[name]
+		if d.lease == "" {
+			continue
+		}
+		if err := a.r.replica.RenewLease(ctx, name, d.lease); err != nil {
+			return d.wrap("renew lease", err)
+		}
 	}
-	d.renewed = now
+	a.renewed = now
 	return nil
 }
 

@@ -78,7 +78,7 @@ func (r *Replica) checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, err
 	if have, err := r.ReadCheckpoint(ctx, n); !errors.Is(err, ErrNotFound) {
 		return have, err
 	}
-	if err := failpoint.Hit("replica/before-checkpoint"); err != nil {
+	if err := failpoint.Hit(fpBeforeCheckpoint); err != nil {
 		return nil, err
 	}
 	disks := sortedDisks(e.disks)
@@ -125,7 +125,7 @@ func (r *Replica) checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, err
 	if won.Void {
 		return nil, ErrVoid
 	}
-	return won, failpoint.Hit("replica/after-checkpoint")
+	return won, failpoint.Hit(fpAfterCheckpoint)
 }
 
 // VoidCheckpoint makes sure that n never gets a checkpoint it has not (rule 23). A checkpoint that exists stays and is

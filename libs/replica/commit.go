@@ -166,14 +166,14 @@ func (r *Replica) already(ctx context.Context, dup Seq) (Result, error) {
 
 // putManifest reports whether the bytes at that number are ours. An error means that storage did not say.
 func (r *Replica) putManifest(ctx context.Context, seq Seq, body []byte) (won bool, err error) {
-	if err := failpoint.Hit("replica/before-manifest"); err != nil {
+	if err := failpoint.Hit(fpBeforeManifest); err != nil {
 		return false, err
 	}
 	name := manifestName(seq)
 	for range maxUnknown {
 		_, err = r.journal.Put(ctx, name, bytes.NewReader(body), int64(len(body)), blobstore.Conditions{CreateOnly: true})
 		if err == nil {
-			return true, failpoint.Hit("replica/after-manifest")
+			return true, failpoint.Hit(fpAfterManifest)
 		}
 		if definite(err) && !errors.Is(err, blobstore.ErrExists) {
 			return false, err

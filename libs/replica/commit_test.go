@@ -2,11 +2,13 @@ package replica
 
 import (
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
+	"github.com/landfall-dr/landfall/libs/failpoint"
 )
 
 // begun is a rig with pass 1 (two tasks), base 2 and point 3 in the chain: manifests 1 to 4.
@@ -300,4 +302,76 @@ func TestConfig(t *testing.T) {
 	require.JSONEq(t, `{"cpus":2}`, string(b))
 	_, err = g.r.Config(t.Context(), "../x")
 	require.True(t, errors.Is(err, ErrInvalid))
+}
+
+// TestComparingPassMarksItsPlace is rule 13. An abandoned point is on its way while a pass compares: what is equal
+// now would not be sent, so either the mark comes first and the point is refused, or the point and the mark is.
+func TestComparingPassMarksItsPlace(t *testing.T) {
+	for _, markFirst := range []bool{true, false} {
+		g := begun(t)
+		late := g.point(KindPoint, 4, 3, 1, 0, two(content{2: 66}, nil))
+		src, err := g.r.SourceAt(t.Context(), 4, "disk-a")
+		require.NoError(t, err)
+		b := make([]byte, testSize)
+		require.NoError(t, src.ReadAt(t.Context(), b, 0))
+		require.Equal(t, at3["disk-a"], contentOf(b))
+		mark := g.partial(5, 1, 2, 3, 2, 0, nil)
+		mark.At = 5 // exactly above what was compared with
+		if !markFirst {
+			g.commit(late)
+			_, err := g.r.Commit(t.Context(), mark)
+			require.ErrorIs(t, err, ErrHeadMoved)
+			continue
+		}
+		g.commit(mark)
+		other, _ := g.other(nil)
+		_, err = other.Commit(t.Context(), late)
+		require.ErrorIs(t, err, ErrStaleEpoch)
+		late.Epoch = 2
+		_, err = other.Commit(t.Context(), late)
+		require.ErrorIs(t, err, ErrOrdinalUsed)
+		g.commit(g.partial(5, 2, 2, 3, 2, 0, parcel{"disk-b": {1: 8}}))
+		g.commit(g.point(KindPoint, 6, 5, 2, 0, two(nil, nil)))
+		g.wantPoint(g.r, 6, two(at3["disk-a"], content{0: 2, 1: 8, 5: 4}))
+	}
+}
+
+// TestFailpoints: an error at each named step leaves nothing half-done that a redelivery does not finish.
+func TestFailpoints(t *testing.T) {
+	for _, name := range failpoint.Names() {
+		if !strings.HasPrefix(name, "replica/") {
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			g := begun(t)
+			hits := 0
+			disarm := failpoint.ArmFunc(name, func() error {
+				if hits++; hits == 1 {
+					return failpoint.ErrInjected
+				}
+				return nil
+			})
+			defer disarm()
+			step := func(fn func() error) {
+				if err := fn(); err != nil {
+					require.ErrorIs(t, err, failpoint.ErrInjected)
+					require.NoError(t, fn())
+				}
+			}
+			step(func() error {
+				d, err := ship(t.Context(), g.r, KindPoint, 4, 0, NewTx(), two(content{2: 7}, nil))
+				if err == nil {
+					_, err = g.r.Commit(t.Context(), Proposal{Kind: KindPoint, Epoch: 1, Point: 4, Base: 3, CutTime: testTime,
+						Consistency: ConsistencyCrash, Disks: d})
+				}
+				return err
+			})
+			step(func() error { _, err := g.applier(g.r).Advance(t.Context(), 0); return err })
+			step(func() error { _, err := g.r.Checkpoint(t.Context(), 5); return err })
+			require.Positive(t, hits)
+			want := two(content{0: 1, 1: 3, 2: 7}, content{0: 2, 5: 4})
+			g.wantDisks(want)
+			g.wantPoint(g.r, 4, want)
+		})
+	}
 }

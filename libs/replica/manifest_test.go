@@ -52,18 +52,21 @@ func TestManifestGolden(t *testing.T) {
 
 func TestManifestRefusals(t *testing.T) {
 	for name, change := range map[string]func(m *Manifest){
-		"version":          func(m *Manifest) { m.V = 2 },
-		"lineage":          func(m *Manifest) { m.Lineage = "x" },
-		"seq 0":            func(m *Manifest) { m.Seq = 0 },
-		"epoch 0":          func(m *Manifest) { m.Epoch = 0 },
-		"open above":       func(m *Manifest) { m.Open = 12 },
-		"no prev":          func(m *Manifest) { m.Prev = "" },
-		"kind":             func(m *Manifest) { m.Kind = "bogus" },
-		"point 0":          func(m *Manifest) { m.Point = 0 },
-		"a pass too":       func(m *Manifest) { m.Pass = &Pass{1, 1, 1} },
-		"base not below":   func(m *Manifest) { m.Base = 7 },
-		"failover":         func(m *Manifest) { m.Failover = "f" },
-		"no cut time":      func(m *Manifest) { m.CutTime = m.CutTime.AddDate(-9999, 0, 0).Add(-1 << 62); m.CutTime = (Manifest{}).CutTime },
+		"version":        func(m *Manifest) { m.V = 2 },
+		"lineage":        func(m *Manifest) { m.Lineage = "x" },
+		"seq 0":          func(m *Manifest) { m.Seq = 0 },
+		"epoch 0":        func(m *Manifest) { m.Epoch = 0 },
+		"open above":     func(m *Manifest) { m.Open = 12 },
+		"no prev":        func(m *Manifest) { m.Prev = "" },
+		"kind":           func(m *Manifest) { m.Kind = "bogus" },
+		"point 0":        func(m *Manifest) { m.Point = 0 },
+		"a pass too":     func(m *Manifest) { m.Pass = &Pass{1, 1, 1} },
+		"base not below": func(m *Manifest) { m.Base = 7 },
+		"failover":       func(m *Manifest) { m.Failover = "f" },
+		"no cut time": func(m *Manifest) {
+			m.CutTime = m.CutTime.AddDate(-9999, 0, 0).Add(-1 << 62)
+			m.CutTime = (Manifest{}).CutTime
+		},
 		"consistency":      func(m *Manifest) { m.Consistency = "" },
 		"config":           func(m *Manifest) { m.Config = "../../x" },
 		"no disks":         func(m *Manifest) { m.Disks = nil },

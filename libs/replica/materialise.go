@@ -108,6 +108,9 @@ func (t sinkTarget) write(ctx context.Context, off int64, p []byte) error {
 
 func (t sinkTarget) zero(context.Context, int64, int64) error { return nil }
 
+// openParallel is how many segment indexes SourceAt fetches at a time.
+const openParallel = 4
+
 // Source is one disk at one manifest, read-only and safe for concurrent use.
 type Source struct {
 	d          DiskState
@@ -137,6 +140,7 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 	if s.base == nil && floor >= d.First {
 		return nil, fmt.Errorf("disk %s at manifest %d: floor is %d: %w", diskID, seq, floor, ErrNotReachable)
 	}
+	var list []named
 	want := max(s.checkpoint+1, d.First)
 	for _, e := range above {
 		if e.Seq != want {
@@ -153,9 +157,10 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 		if err != nil {
 			return nil, err
 		}
-		if err := s.o.add(ctx, r, m, d); err != nil {
-			return nil, fmt.Errorf("disk %s: %w", diskID, err)
-		}
+		list = collect(list, m, d)
+	}
+	if err := s.o.add(ctx, r, d, list, r.opens, func() error { return ctx.Err() }); err != nil {
+		return nil, fmt.Errorf("disk %s: %w", diskID, err)
 	}
 	return s, nil
 }

@@ -94,9 +94,12 @@ func newModelHost() *modelHost {
 func (h *modelHost) write(rng *rand.Rand) {
 	d, b := modelDisks[rng.IntN(len(modelDisks))], int64(rng.IntN(testBlocks))
 	h.value++
-	v := h.value
-	if rng.IntN(6) == 0 {
+	v := h.value + 10
+	switch rng.IntN(6) {
+	case 0:
 		v = 0
+	case 1, 2: // content comes back: what is equal now need not have been equal all along
+		v = 1 + rng.Uint64N(2)
 	}
 	h.guest[d][b] = v
 	h.changed.add(d, b)
@@ -143,12 +146,13 @@ func (h *modelHost) settle(o Ordinal, committed bool) {
 }
 
 // beginPass reads everything at first, then what is dirty; k tasks.
-func (h *modelHost) beginPass(o Ordinal, k int) (Ordinal, bool) {
+// A comparing pass looks at everything.
+func (h *modelHost) beginPass(o Ordinal, k int, full bool) (Ordinal, bool) {
 	if h.point != nil || h.pass != nil || h.settled[o] {
 		return 0, false
 	}
 	p := &hostPass{ordinal: o, base: h.base, ranges: blockSet{}, tasks: make([]blockSet, k)}
-	if h.base == 0 {
+	if h.base == 0 || full {
 		for _, d := range modelDisks {
 			for b := range int64(testBlocks) {
 				p.ranges.add(d, b)
@@ -160,15 +164,19 @@ func (h *modelHost) beginPass(o Ordinal, k int) (Ordinal, bool) {
 	for i := range p.tasks {
 		p.tasks[i] = blockSet{}
 	}
+	h.split(p, k)
+	h.pass = p
+	h.changed = blockSet{} // every write from here on is in the next pass or the cut (rule 12)
+	h.highest = max(h.highest, o)
+	return h.base, true
+}
+
+func (h *modelHost) split(p *hostPass, k int) {
 	for di, d := range modelDisks {
 		for b := range p.ranges[d] {
 			p.tasks[(di*testBlocks+int(b))*k/(2*testBlocks)].add(d, b)
 		}
 	}
-	h.pass = p
-	h.changed = blockSet{} // every write from here on is in the next pass or the cut (rule 12)
-	h.highest = max(h.highest, o)
-	return h.base, true
 }
 
 func (h *modelHost) settlePass(o Ordinal, complete bool) {

@@ -29,6 +29,9 @@ func (w *world) tick(ctx context.Context, r *Replica) error {
 	}
 	o := max(rec.highest, w.host.highest, st.Highest) + 1
 	rec.highest = o
+	if !w.quiet && w.host.base != 0 && w.host.pass == nil && w.host.point == nil && w.rng.IntN(8) == 0 {
+		return w.beginPass(o, true) // a manual resync
+	}
 	if base, ok := w.host.cut(o); ok {
 		kind := KindPoint
 		if st.Base == 0 {
@@ -38,17 +41,109 @@ func (w *world) tick(ctx context.Context, r *Replica) error {
 		w.issue(&modelTask{kind: kind, epoch: rec.epoch, open: rec.open, base: base, point: o})
 		return nil
 	}
+	return w.beginPass(o, w.host.base != 0 && w.rng.IntN(3) == 0)
+}
+
+// beginPass starts an initial copy, a catch-up, or a resync that compares.
+func (w *world) beginPass(o Ordinal, compare bool) error {
 	k := uint32(1 + w.rng.IntN(3))
-	base, ok := w.host.beginPass(o, int(k))
+	if compare {
+		k++ // the first task is the mark
+	}
+	rec := &w.rec
+	base, ok := w.host.beginPass(o, int(k), compare)
 	if !ok {
 		return nil
 	}
 	w.stats.passes++
 	rec.cycle = &cycle{ordinal: o, pass: true, k: k, open: rec.open}
 	for i := range k {
-		w.issue(&modelTask{kind: KindPartial, epoch: rec.epoch, open: rec.open, base: base, pass: &Pass{o, i + 1, k}})
+		w.issue(&modelTask{kind: KindPartial, epoch: rec.epoch, open: rec.open, base: base, pass: &Pass{o, i + 1, k}, compare: compare})
 	}
 	return nil
+}
+
+// compareJob is one delivery of a task of a comparing pass. Task 1 marks the manifest to compare with by an empty partial
+// right above it; the others read the chain's disks there and send what differs. (The mark's own blocks ride with task 2.)
+func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error {
+	p := Proposal{Kind: KindPartial, Epoch: t.epoch, Open: t.open, Base: t.base, Pass: t.pass, Trace: t.id}
+	st, err := r.Refresh(ctx)
+	if err != nil {
+		return err
+	}
+	if t.pass.I == 1 {
+		p.At = st.Head + 1
+		_, err := r.Commit(ctx, p)
+		return err
+	}
+	mark := Seq(0)
+	if ps := st.passes[t.pass.Ordinal]; ps != nil {
+		mark = ps.seqOf(1)
+	}
+	if mark == 0 {
+		return nil // not yet: redelivered later
+	}
+	have := parcel{}
+	for _, d := range modelDisks {
+		if have[d], err = a.chainAt(ctx, r, mark-1, d); err != nil {
+			return err
+		}
+	}
+	live, ok := a.w.host.read(t)
+	if !ok {
+		return nil
+	}
+	if t.pass.I == 2 {
+		for d, c := range a.w.host.guest.pick(a.w.host.pass.tasks[0]) {
+			if live[d] == nil {
+				live[d] = content{}
+			}
+			maps.Copy(live[d], c)
+		}
+	}
+	for d, c := range live {
+		maps.DeleteFunc(c, func(b int64, v uint64) bool { return have[d].get(b) == v })
+		if len(c) == 0 {
+			delete(live, d)
+		}
+	}
+	a.w.stats.compared++
+	if p.Disks, err = a.ship(ctx, r, t, live); err != nil {
+		return err
+	}
+	_, err = r.Commit(ctx, p)
+	return err
+}
+
+// chainAt reads a disk with the code a resync engine uses; a disk the chain does not know yet is empty.
+func (a *actor) chainAt(ctx context.Context, r *Replica, at Seq, disk string) (content, error) {
+	if at == 0 {
+		return content{}, nil
+	}
+	src, err := r.SourceAt(ctx, at, disk)
+	if errors.Is(err, ErrNotFound) {
+		return content{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, testSize)
+	if err := src.ReadAt(ctx, b, 0); err != nil {
+		return nil, err
+	}
+	return contentOf(b), nil
+}
+
+// ship stores what a task sends, and tells the checker.
+func (a *actor) ship(ctx context.Context, r *Replica, t *modelTask, p parcel) ([]Disk, error) {
+	tx, o, task := NewTx(), t.point, uint32(0)
+	if t.pass != nil {
+		o, task = t.pass.Ordinal, t.pass.I
+	}
+	for id, c := range p {
+		a.w.segs[SegmentKey{Kind: t.kind, Ordinal: o, Tx: tx, DiskID: id}.name()] = maps.Clone(c)
+	}
+	return ship(ctx, r, t.kind, o, task, tx, p)
 }
 
 func (w *world) issue(t *modelTask) {
@@ -87,21 +182,14 @@ func (w *world) settle(st *State, c *cycle) {
 // shipJob is one delivery of a task.
 func (a *actor) shipJob(t *modelTask) func(context.Context, *Replica) error {
 	return func(ctx context.Context, r *Replica) error {
+		if t.compare {
+			return a.compareJob(ctx, r, t)
+		}
 		p, ok := a.w.host.read(t)
 		if !ok {
 			return nil // settled meanwhile; the uploader acks and reports
 		}
-		tx := NewTx()
-		o := t.point
-		task := uint32(0)
-		if t.pass != nil {
-			o, task = t.pass.Ordinal, t.pass.I
-		}
-		for id, c := range p {
-			key := SegmentKey{Kind: t.kind, Ordinal: o, Tx: tx, DiskID: id}
-			a.w.segs[key.name()] = maps.Clone(c)
-		}
-		disks, err := ship(ctx, r, t.kind, o, task, tx, p)
+		disks, err := a.ship(ctx, r, t, p)
 		if err != nil {
 			return err
 		}

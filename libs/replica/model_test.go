@@ -75,11 +75,12 @@ func (s *modelStats) add(o modelStats) {
 	s.passes += o.passes
 	s.leaseLost += o.leaseLost
 	s.already += o.already
+	s.compared += o.compared
 }
 
 // TestModel is the proof that matters most: no interleaving breaks S1 to S7.
 func TestModel(t *testing.T) {
-	n := seeds(t, 800)
+	n := seeds(t, 250)
 	ran, distinct, st, err := explore(n, bugs{})
 	t.Logf("%d interleavings, %d distinct, %+v", ran, distinct, st)
 	require.NoError(t, err)
@@ -90,6 +91,7 @@ func TestModel(t *testing.T) {
 	require.Positive(t, st.checkpoints)
 	require.Positive(t, st.leaseLost)
 	require.Positive(t, st.fences)
+	require.Positive(t, st.compared)
 }
 
 // TestModelCatches plants each bug and needs a violation within the seeds.

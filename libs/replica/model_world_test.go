@@ -65,6 +65,7 @@ type modelTask struct {
 	open        Seq
 	base, point Ordinal
 	pass        *Pass
+	compare     bool // the pass compares with the chain instead of sending all (rule 13)
 }
 
 // actor is one process. It runs one job at a time and stops at every store call.
@@ -88,7 +89,7 @@ type event struct {
 }
 
 type modelStats struct {
-	steps, commits, points, refused, crashes, faults, lates, redone, checkpoints, fences, passes, leaseLost, already int
+	steps, commits, points, refused, crashes, faults, lates, redone, checkpoints, fences, passes, leaseLost, already, compared int
 }
 
 func newWorld(seed uint64, b bugs, st *modelStats) *world {
@@ -168,6 +169,7 @@ func (w *world) start(a *actor, job func(ctx context.Context, r *Replica) error)
 					a.r = nil
 					return err
 				}
+				a.r.opens = 1 // one goroutine per actor
 			}
 			return job(ctx, a.r)
 		}()

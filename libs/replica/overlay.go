@@ -8,6 +8,8 @@ import (
 	"io"
 	"slices"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/segment"
@@ -47,33 +49,75 @@ type segData struct {
 	body []byte
 }
 
-// add lays one manifest over the rest.
-func (o *overlay) add(ctx context.Context, r *Replica, m *Manifest, d DiskState) error {
-	i := slices.IndexFunc(m.Disks, func(x Disk) bool { return x.ID == d.ID && x.Gen == d.Gen })
-	if i < 0 {
-		return nil
-	}
-	for _, s := range m.Disks[i].Segments {
-		sd, err := r.openSegment(ctx, s, keptBodies-o.kept)
-		if err != nil {
-			return fmt.Errorf("manifest %d: %w", m.Seq, err)
-		}
-		if err := sd.matches(r.lineage, m, d); err != nil {
-			return fmt.Errorf("manifest %d: segment %s: %w", m.Seq, s.Name, err)
-		}
-		o.kept += int64(len(sd.body))
-		n := int32(len(o.segs))
-		o.segs = append(o.segs, sd)
-		for _, e := range sd.ix.Extents {
-			p := piece{seg: n, pos: e.Pos}
-			if e.Zero {
-				p = piece{seg: pieceZero}
+// named is one segment with the manifest that names it.
+type named struct {
+	m *Manifest
+	s Segment
+}
+
+// collect appends the segments of one manifest for a disk.
+func collect(list []named, m *Manifest, d DiskState) []named {
+	for i := range m.Disks {
+		if x := &m.Disks[i]; x.ID == d.ID && x.Gen == d.Gen {
+			for _, s := range x.Segments {
+				list = append(list, named{m, s})
 			}
-			o.m.Put(extent.Range{Off: e.Off, Len: e.Len}, p)
 		}
-		sd.ix.Extents = nil // they live in the map now
+	}
+	return list
+}
+
+// add lays segments over what is there, in order. Up to parallel indexes are fetched at a time; with 1 no goroutine is
+// started. tick is called now and then.
+func (o *overlay) add(ctx context.Context, r *Replica, d DiskState, list []named, parallel int, tick func() error) error {
+	for len(list) > 0 {
+		n := min(len(list), max(parallel, 1))
+		group, opened := list[:n], make([]*segData, n)
+		list = list[n:]
+		if err := tick(); err != nil {
+			return err
+		}
+		keep := (keptBodies - o.kept) / int64(n)
+		if err := inParallel(ctx, n, func(ctx context.Context, i int) (err error) {
+			opened[i], err = r.openSegment(ctx, group[i].s, keep)
+			return err
+		}); err != nil {
+			return err
+		}
+		for i, sd := range opened {
+			if err := sd.matches(r.lineage, group[i].m, d); err != nil {
+				return fmt.Errorf("manifest %d: segment %s: %w", group[i].m.Seq, sd.name, err)
+			}
+			o.lay(sd)
+		}
 	}
 	return nil
+}
+
+func (o *overlay) lay(sd *segData) {
+	o.kept += int64(len(sd.body))
+	n := int32(len(o.segs))
+	o.segs = append(o.segs, sd)
+	for _, e := range sd.ix.Extents {
+		p := piece{seg: n, pos: e.Pos}
+		if e.Zero {
+			p = piece{seg: pieceZero}
+		}
+		o.m.Put(extent.Range{Off: e.Off, Len: e.Len}, p)
+	}
+	sd.ix.Extents = nil // they live in the map now
+}
+
+// inParallel runs fn for 0 to n-1, each in its goroutine; n is small. One alone runs in the caller's.
+func inParallel(ctx context.Context, n int, fn func(ctx context.Context, i int) error) error {
+	if n == 1 {
+		return fn(ctx, 0)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	for i := range n {
+		g.Go(func() error { return fn(ctx, i) })
+	}
+	return g.Wait()
 }
 
 // openSegment reads a segment's index, and all of it when it is small. keep is how many body bytes may stay.

@@ -29,7 +29,7 @@ func (r *Replica) PutSegment(ctx context.Context, key SegmentKey, body []byte, s
 	if !validSegmentName(seg.Name) || len(body) == 0 || len(body) > 64<<20 {
 		return Segment{}, fmt.Errorf("put segment %s of %d bytes: %w", seg.Name, len(body), ErrInvalid)
 	}
-	if err := failpoint.Hit("replica/before-segment"); err != nil {
+	if err := failpoint.Hit(fpBeforeSegment); err != nil {
 		return Segment{}, err
 	}
 	c := r.container(seg.Container)
@@ -40,7 +40,7 @@ func (r *Replica) PutSegment(ctx context.Context, key SegmentKey, body []byte, s
 	if err := putOnce(ctx, c, seg.Name, body, sha); err != nil {
 		return Segment{}, fmt.Errorf("put segment: %w", err)
 	}
-	return seg, failpoint.Hit("replica/after-segment")
+	return seg, failpoint.Hit(fpAfterSegment)
 }
 
 // PutConfig stores a VM configuration under its own hash, which it returns for Proposal.Config. Storing the same

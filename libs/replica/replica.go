@@ -21,6 +21,7 @@ type Replica struct {
 	chain chain
 	ckpts map[Seq]*CheckpointRecord // cache of immutable records
 
+	opens   int // segment indexes fetched at a time when reading a point
 	bugs    bugs
 	pending []pendingPut // only with bugs.ManifestBeforeSegments
 }
@@ -52,7 +53,7 @@ func open(ctx context.Context, store blobstore.Store, lineage Lineage, b bugs) (
 		return nil, err
 	}
 	r := &Replica{
-		lineage: l, store: store, turn: make(chan struct{}, 1), bugs: b,
+		lineage: l, store: store, turn: make(chan struct{}, 1), opens: openParallel, bugs: b,
 		journal: store.Container(l.JournalContainer()),
 		staging: store.Container(l.StagingContainer()),
 		replica: store.Container(l.ReplicaContainer()),
