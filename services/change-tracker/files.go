@@ -94,7 +94,12 @@ type osFiles struct{ now func() time.Time }
 
 func (osFiles) Identity(path string) (string, error) { return identity(path) }
 
-func (osFiles) Lock(path string) (io.Closer, error) { return lockFile(path) }
+func (osFiles) Lock(path string) (io.Closer, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	return lockFile(path)
+}
 
 func (osFiles) Print(path string) (print, error) {
 	st, err := os.Stat(path)

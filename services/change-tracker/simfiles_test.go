@@ -32,6 +32,9 @@ type simFiles struct {
 	dead  bool
 	left  int  // operations until death; negative for never
 	full  bool // the volume is full
+
+	noReplace bool // Replace dies
+	noMarks   bool // writes to sidecars fail
 }
 
 const simSector = 512
@@ -129,6 +132,9 @@ func (f *simFile) ReadAt(p []byte, off int64) (int, error) {
 func (f *simFile) WriteAt(p []byte, off int64) (int, error) {
 	f.fs.mu.Lock()
 	defer f.fs.mu.Unlock()
+	if f.fs.noMarks && strings.HasSuffix(f.path, "lfx") {
+		return 0, syscall.EIO
+	}
 	half, err := f.fs.step()
 	if err != nil && !half {
 		return 0, err
@@ -344,6 +350,10 @@ func (s *simFiles) ReadFile(path string) ([]byte, error) {
 func (s *simFiles) Replace(path string, content []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.noReplace {
+		s.dead = true
+		return errDead
+	}
 	half, err := s.step()
 	if err == nil && s.full && s.rng.IntN(2) == 0 {
 		return syscall.ENOSPC

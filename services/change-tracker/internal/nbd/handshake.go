@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
 	"sync"
 	"time"
 )
@@ -22,9 +23,9 @@ type conn struct {
 	structured bool
 	meta       string // export that base:allocation was asked for; empty for none
 
-	mu       sync.Mutex // guards name and stopping
-	name     string
-	stopping bool
+	mu      sync.Mutex // guards name and drainBy
+	name    string
+	drainBy time.Time // when a connection that is to stop is cut off; zero for one that is not
 
 	out sync.Mutex // one reply at a time
 }
@@ -38,23 +39,35 @@ func (c *conn) export() string {
 func (c *conn) stopped() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.stopping
+	return !c.drainBy.IsZero()
 }
 
-// stop makes the reading end; requests in flight are answered still.
+// stop makes the reading end; requests in flight are answered still, if the client takes the replies in time.
 func (c *conn) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.stopping = true
+	if c.drainBy.IsZero() {
+		c.drainBy = time.Now().Add(c.server.limits.drain)
+	}
 	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // an error means that it is closed already
+	_ = c.nc.SetWriteDeadline(c.drainBy)
 }
 
-// arm sets the read deadline unless the connection is to stop.
-func (c *conn) arm(deadline time.Time) {
+// armRead sets the read deadline unless the connection is to stop.
+func (c *conn) armRead(deadline time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.stopping {
+	if c.drainBy.IsZero() {
 		_ = c.nc.SetReadDeadline(deadline)
+	}
+}
+
+// armWrite sets the write deadline unless the connection is to stop.
+func (c *conn) armWrite(deadline time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.drainBy.IsZero() {
+		_ = c.nc.SetWriteDeadline(deadline)
 	}
 }
 
@@ -66,7 +79,9 @@ func (c *conn) run() error {
 		_ = tcp.SetNoDelay(true) // the default; a failure costs latency only
 	}
 	c.in = bufio.NewReaderSize(c.nc, 256<<10)
-	c.arm(time.Now().Add(handshakeTimeout))
+	deadline := time.Now().Add(c.server.limits.handshake)
+	c.armRead(deadline)
+	c.armWrite(deadline)
 	err := c.negotiate()
 	if errors.Is(err, errAbort) {
 		return nil
@@ -74,7 +89,7 @@ func (c *conn) run() error {
 	if err != nil {
 		return err
 	}
-	c.arm(time.Time{})
+	c.armRead(time.Time{})
 	return c.transmit()
 }
 
@@ -135,7 +150,7 @@ func (c *conn) option(opt uint32, data []byte, noZeroes bool) (bool, error) {
 			return false, err // the protocol has no way to refuse but to hang up
 		}
 		b := binary.BigEndian.AppendUint64(nil, uint64(d.Size()))
-		b = binary.BigEndian.AppendUint16(b, exportFlags)
+		b = binary.BigEndian.AppendUint16(b, c.flags(d))
 		if !noZeroes {
 			b = append(b, make([]byte, 124)...)
 		}
@@ -174,16 +189,18 @@ func (c *conn) info(opt uint32, data []byte) (bool, error) {
 	if err != nil {
 		return false, c.reply(opt, errInvalid, []byte(err.Error()))
 	}
-	d, err := c.server.exports.Open(name)
-	if err == nil && opt == optGo {
+	var d Disk
+	if opt == optGo {
 		d, err = c.open(name)
+	} else {
+		d, err = c.look(name)
 	}
 	if err != nil {
-		return false, c.reply(opt, errUnknown, []byte(err.Error()))
+		return false, c.refuse(opt, err)
 	}
 	b := binary.BigEndian.AppendUint16(nil, infoExport)
 	b = binary.BigEndian.AppendUint64(b, uint64(d.Size()))
-	b = binary.BigEndian.AppendUint16(b, exportFlags)
+	b = binary.BigEndian.AppendUint16(b, c.flags(d))
 	if err := c.reply(opt, repInfo, b); err != nil {
 		return false, err
 	}
@@ -202,8 +219,12 @@ func (c *conn) metaContext(opt uint32, data []byte) error {
 	if err != nil || !c.structured {
 		return c.reply(opt, errInvalid, nil)
 	}
-	if _, err := c.server.exports.Open(q.export); err != nil {
-		return c.reply(opt, errUnknown, []byte(err.Error()))
+	name, err := c.resolve(q.export)
+	if err == nil {
+		_, err = c.server.exports.Open(name)
+	}
+	if err != nil {
+		return c.refuse(opt, err)
 	}
 	if opt == optSetMeta {
 		c.meta = ""
@@ -215,7 +236,7 @@ func (c *conn) metaContext(opt uint32, data []byte) error {
 	if found {
 		id := uint32(0)
 		if opt == optSetMeta {
-			c.meta, id = q.export, contextID
+			c.meta, id = name, contextID
 		}
 		b := binary.BigEndian.AppendUint32(nil, id)
 		if err := c.reply(opt, repMeta, append(b, contextName...)); err != nil {
@@ -225,9 +246,68 @@ func (c *conn) metaContext(opt uint32, data []byte) error {
 	return c.reply(opt, repAck, nil)
 }
 
+// resolve returns the export that name means: itself, or the only one there is for the empty name.
+func (c *conn) resolve(name string) (string, error) {
+	if len(name) > maxName {
+		return "", fmt.Errorf("export name of %d bytes, the longest is %d", len(name), maxName)
+	}
+	if name != "" {
+		return name, nil
+	}
+	names := c.server.exports.Exports()
+	switch len(names) {
+	case 0:
+		return "", errors.New("no disk is exported")
+	case 1:
+		return names[0], nil
+	}
+	more := ""
+	if len(names) > maxNamed {
+		more = fmt.Sprintf(" and %d more", len(names)-maxNamed)
+		names = names[:maxNamed]
+	}
+	return "", fmt.Errorf("several disks are exported: name one of %s%s", strings.Join(names, ", "), more)
+}
+
+// look returns the disk of an export without taking it.
+func (c *conn) look(name string) (Disk, error) {
+	name, err := c.resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	return c.server.exports.Open(name)
+}
+
+// flags are the transmission flags of d.
+func (c *conn) flags(d Disk) uint16 {
+	flags := uint16(exportFlags)
+	if c.structured {
+		flags |= flagDF
+	}
+	if fastZero(d) {
+		flags |= flagFastZero
+	}
+	return flags
+}
+
+func fastZero(d Disk) bool {
+	f, ok := d.(FastZeroer)
+	return ok && f.FastZero()
+}
+
+// refuse answers an option that names no export. The text is for people.
+func (c *conn) refuse(opt uint32, err error) error {
+	text := err.Error()
+	return c.reply(opt, errUnknown, []byte(text[:min(len(text), maxName)]))
+}
+
 // open takes the export for this connection. The name is visible to CloseExports before the disk is looked up, so that
 // a detach either finds the connection or makes the look-up fail.
 func (c *conn) open(name string) (Disk, error) {
+	name, err := c.resolve(name)
+	if err != nil {
+		return nil, err
+	}
 	c.mu.Lock()
 	c.name = name
 	c.mu.Unlock()

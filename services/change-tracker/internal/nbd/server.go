@@ -1,9 +1,3 @@
-// Package nbd serves disks by the NBD protocol: fixed newstyle negotiation, structured replies with the
-// base:allocation context, and every command that a guest needs. Several connections may use one export at once;
-// a flush on any of them covers the writes that were answered on all.
-//
-// Everything is bounded: options and their length, payloads, requests and bytes in flight per connection,
-// connections. TLS is not offered; listen on loopback or a Unix socket.
 package nbd
 
 import (
@@ -12,7 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/extent"
@@ -32,23 +28,46 @@ type Disk interface {
 	Allocated(r extent.Range) (*extent.Set, error)
 }
 
+// FastZeroer is a Disk that may say that Zero without keep costs less than writing. Clients are told of fast zeroes
+// only then: a disk that may have to write the zeros would make them pay twice.
+type FastZeroer interface {
+	FastZero() bool
+}
+
 // Exports finds disks by name.
 type Exports interface {
+	// Exports are the names, "<machine>/<disk>". If there is one it is the default export as well.
 	Exports() []string
+	// Open returns an export. It lives until CloseExports of its name returned.
 	Open(name string) (Disk, error)
 }
 
 const (
-	handshakeTimeout = 20 * time.Second
-	maxConnections   = 256
 	maxInFlight      = 64
 	maxInFlightBytes = 64 << 20
 )
+
+// limits are what a client may cost.
+type limits struct {
+	connections int
+	handshake   time.Duration // from the first byte to the choice of an export
+	reply       time.Duration // for the client to take one
+	drain       time.Duration // for it to take all replies once the connection is to end
+	acceptRetry time.Duration
+}
+
+func defaultLimits() limits {
+	return limits{
+		connections: 256, handshake: 20 * time.Second, reply: 2 * time.Minute, drain: 10 * time.Second,
+		acceptRetry: 100 * time.Millisecond,
+	}
+}
 
 // Server serves Exports on listeners.
 type Server struct {
 	exports Exports
 	logger  *slog.Logger
+	limits  limits
 
 	mu    sync.Mutex
 	conns map[*conn]struct{}
@@ -56,11 +75,11 @@ type Server struct {
 
 // New returns a server.
 func New(exports Exports, logger *slog.Logger) *Server {
-	return &Server{exports: exports, logger: logger, conns: map[*conn]struct{}{}}
+	return &Server{exports: exports, logger: logger, limits: defaultLimits(), conns: map[*conn]struct{}{}}
 }
 
-// Serve accepts connections until ctx ends, then lets the requests in flight finish, answers them and returns nil. It
-// closes the listener.
+// Serve accepts connections until ctx ends, then lets the requests in flight finish, answers the clients that take
+// their replies and returns nil when every connection is closed and every request is done. It closes the listener.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	var wg sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() { _ = lis.Close() })
@@ -69,6 +88,11 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	for {
 		nc, err := lis.Accept()
 		if err != nil {
+			if ctx.Err() == nil && transient(err) {
+				s.logger.Warn("NBD connection not accepted; the next try follows", "err", err)
+				pause(ctx, s.limits.acceptRetry)
+				continue
+			}
 			if ctx.Err() == nil {
 				failure = err
 			}
@@ -76,15 +100,20 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		}
 		c := &conn{server: s, nc: nc, done: make(chan struct{})}
 		if !s.add(c) {
-			s.logger.Warn("too many NBD connections; one more is refused", "limit", maxConnections)
+			s.logger.Warn("too many NBD connections; one more is refused", "limit", s.limits.connections)
 			_ = nc.Close()
 			continue
 		}
 		wg.Go(func() {
 			defer s.remove(c)
+			defer func() {
+				if p := recover(); p != nil {
+					s.logger.Error("NBD connection panicked", "export", c.export(), "panic", p, "stack", string(debug.Stack()))
+				}
+			}()
 			err := c.run()
 			if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) && !c.stopped() {
-				s.logger.Info("NBD connection ended", "export", c.name, "err", err)
+				s.logger.Info("NBD connection ended", "export", c.export(), "err", err)
 			}
 		})
 	}
@@ -116,7 +145,7 @@ func (s *Server) CloseExports(match func(name string) bool) {
 func (s *Server) add(c *conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.conns) >= maxConnections {
+	if len(s.conns) >= s.limits.connections {
 		return false
 	}
 	s.conns[c] = struct{}{}
@@ -128,4 +157,19 @@ func (s *Server) remove(c *conn) {
 	delete(s.conns, c)
 	s.mu.Unlock()
 	close(c.done)
+}
+
+// transient reports whether accepting may work again later.
+func transient(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ECONNABORTED) ||
+		errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ENOBUFS)
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
 }

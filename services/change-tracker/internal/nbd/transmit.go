@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"math/bits"
 	"net"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -15,9 +17,6 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/extent"
 )
-
-// writeTimeout ends a connection whose client does not take its replies.
-const writeTimeout = 2 * time.Minute
 
 // transmit serves requests until the client disconnects, the connection breaks, or stop was called. Requests in flight
 // are finished and answered before it returns.
@@ -43,6 +42,9 @@ func (c *conn) transmit() error {
 		if errno != 0 {
 			// The payload of a refused write follows all the same.
 			if r.kind == cmdWrite {
+				if r.length > maxDiscard {
+					return fmt.Errorf("%w: write of %d bytes", errProtocol, r.length)
+				}
 				if _, err := io.CopyN(io.Discard, c.in, int64(r.length)); err != nil {
 					return err
 				}
@@ -79,19 +81,28 @@ func (c *conn) transmit() error {
 	}
 }
 
-// serve does a request that passed check. An error means that the reply could not be sent.
-func (c *conn) serve(r request, buf []byte) error {
+// serve answers a request that passed check; a panic of the disk is an error of this request. An error means that the
+// reply could not be sent.
+func (c *conn) serve(r request, buf []byte) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.server.logger.Error("guest request panicked", "export", c.export(), "command", r.kind, "offset", r.off,
+				"length", r.length, "panic", p, "stack", string(debug.Stack()))
+			err = c.fail(r, errIO)
+		}
+	}()
+	return c.do(r, buf)
+}
+
+func (c *conn) do(r request, buf []byte) error {
 	at := extent.Range{Off: int64(r.off), Len: int64(r.length)}
 	fua := r.flags&cmdFlagFUA != 0
 	var err error
 	switch r.kind {
 	case cmdRead:
-		var n int
-		if n, err = c.disk.ReadAt(buf, at.Off); n == len(buf) {
-			return c.data(r, buf)
-		}
-		if err == nil {
-			err = io.ErrUnexpectedEOF
+		var reply net.Buffers
+		if reply, err = c.read(r, at, buf); err == nil {
+			return c.send(reply...)
 		}
 	case cmdWrite:
 		err = c.disk.WriteAt(buf, at.Off, fua)
@@ -101,8 +112,8 @@ func (c *conn) serve(r request, buf []byte) error {
 		err = c.disk.Zero(at, false, fua)
 	case cmdWriteZeroes:
 		keep := r.flags&cmdFlagNoHole != 0
-		if keep && r.flags&cmdFlagFastZero != 0 {
-			return c.fail(r, errNotSup) // it would be a write of zeros
+		if r.flags&cmdFlagFastZero != 0 && (keep || !fastZero(c.disk)) {
+			return c.fail(r, errNotSup) // it would be, or might become, a write of zeros
 		}
 		err = c.disk.Zero(at, keep, fua)
 	case cmdBlockStatus:
@@ -112,7 +123,7 @@ func (c *conn) serve(r request, buf []byte) error {
 		}
 	}
 	if err != nil {
-		c.server.logger.Error("guest request failed", "export", c.name, "command", r.kind, "offset", r.off, "length", r.length, "err", err)
+		c.server.logger.Error("guest request failed", "export", c.export(), "command", r.kind, "offset", r.off, "length", r.length, "err", err)
 		return c.fail(r, errno(err))
 	}
 	return c.send(simpleReply(0, r.cookie))
@@ -129,12 +140,67 @@ func errno(err error) uint32 {
 	}
 }
 
-func (c *conn) data(r request, buf []byte) error {
+// read fills buf where the disk holds data and returns the reply. Nothing was sent if it fails.
+func (c *conn) read(r request, at extent.Range, buf []byte) (net.Buffers, error) {
 	if !c.structured {
-		return c.send(simpleReply(0, r.cookie), buf)
+		return net.Buffers{simpleReply(0, r.cookie), buf}, c.fill(buf, at.Off)
 	}
-	head := chunkHead(chunkData, r.cookie, 8+len(buf))
-	return c.send(binary.BigEndian.AppendUint64(head, r.off), buf)
+	have := c.present(at, r.flags&cmdFlagDF != 0)
+	var reply net.Buffers
+	hole := func(off, end int64) {
+		if off < end {
+			head := chunkHead(chunkHole, r.cookie, 12, end == at.End())
+			head = binary.BigEndian.AppendUint64(head, uint64(off))
+			reply = append(reply, binary.BigEndian.AppendUint32(head, uint32(end-off)))
+		}
+	}
+	end := at.Off
+	for run := range have.In(at) {
+		hole(end, run.Off)
+		data := buf[run.Off-at.Off : run.End()-at.Off]
+		if err := c.fill(data, run.Off); err != nil {
+			return nil, err
+		}
+		head := chunkHead(chunkData, r.cookie, 8+len(data), run.End() == at.End())
+		reply = append(reply, binary.BigEndian.AppendUint64(head, uint64(run.Off)), data)
+		end = run.End()
+	}
+	hole(end, at.End())
+	return reply, nil
+}
+
+// present returns the parts of at that are to be read, whole sectors. A disk that cannot tell is read: its map only
+// saves work. Many pieces, or any number of them where the client wants one chunk, become one.
+func (c *conn) present(at extent.Range, single bool) *extent.Set {
+	set, err := c.disk.Allocated(at)
+	if err != nil {
+		return extent.NewSet(at)
+	}
+	set = sectors(set, at)
+	if limit := maxExtents / 2; set.Len() > limit || single && set.Len() > 0 {
+		return extent.NewSet(at)
+	}
+	return set
+}
+
+// sectors returns the sectors of at that set touches.
+func sectors(set *extent.Set, at extent.Range) *extent.Set {
+	out := &extent.Set{}
+	for run := range set.In(at) {
+		out.Add(run.Align(SectorSize).Intersect(at))
+	}
+	return out
+}
+
+func (c *conn) fill(buf []byte, off int64) error {
+	n, err := c.disk.ReadAt(buf, off)
+	if n == len(buf) {
+		return nil // io.EOF may come with the last bytes
+	}
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
 }
 
 // fail answers with an error number: as a chunk where the client expects chunks.
@@ -142,7 +208,7 @@ func (c *conn) fail(r request, errno uint32) error {
 	if !c.structured || r.kind != cmdRead && r.kind != cmdBlockStatus {
 		return c.send(simpleReply(errno, r.cookie))
 	}
-	b := chunkHead(chunkError, r.cookie, 6)
+	b := chunkHead(chunkError, r.cookie, 6, true)
 	b = binary.BigEndian.AppendUint32(b, errno)
 	return c.send(binary.BigEndian.AppendUint16(b, 0))
 }
@@ -153,6 +219,7 @@ func (c *conn) status(r request, at extent.Range) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	set = sectors(set, at)
 	b := binary.BigEndian.AppendUint32(nil, contextID)
 	n := 0
 	add := func(length int64, state uint32) bool {
@@ -174,15 +241,13 @@ func (c *conn) status(r request, at extent.Range) ([]byte, error) {
 	if more {
 		add(at.End()-end, stateHoleZero)
 	}
-	return append(chunkHead(chunkBlockStatus, r.cookie, len(b)), b...), nil
+	return append(chunkHead(chunkBlockStatus, r.cookie, len(b), true), b...), nil
 }
 
 func (c *conn) send(parts ...[]byte) error {
 	c.out.Lock()
 	defer c.out.Unlock()
-	if err := c.nc.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-		return err
-	}
+	c.armWrite(time.Now().Add(c.server.limits.reply))
 	buffers := net.Buffers(parts)
 	_, err := buffers.WriteTo(c.nc)
 	return err

@@ -40,8 +40,10 @@ const (
 	infoExport    = 0
 	infoBlockSize = 3
 
-	// transmission flags: has-flags, flush, FUA, trim, write-zeroes, multi-conn, fast-zero
-	exportFlags = 1<<0 | 1<<2 | 1<<3 | 1<<5 | 1<<6 | 1<<8 | 1<<11
+	// transmission flags of every export: has-flags, flush, FUA, trim, write-zeroes, multi-conn
+	exportFlags  = 1<<0 | 1<<2 | 1<<3 | 1<<5 | 1<<6 | 1<<8
+	flagDF       = 1 << 7  // only with structured replies
+	flagFastZero = 1 << 11 // only for a disk that is a FastZeroer
 
 	cmdRead        = 0
 	cmdWrite       = 1
@@ -53,12 +55,14 @@ const (
 
 	cmdFlagFUA      = 1 << 0
 	cmdFlagNoHole   = 1 << 1
+	cmdFlagDF       = 1 << 2
 	cmdFlagReqOne   = 1 << 3
 	cmdFlagFastZero = 1 << 4
 
 	chunkDone        = 1 << 0
 	chunkNone        = 0
 	chunkData        = 1
+	chunkHole        = 2
 	chunkBlockStatus = 5
 	chunkError       = 1<<15 + 1
 
@@ -82,9 +86,14 @@ const (
 	SectorSize = 512
 	// MaxRequest is the largest payload of a request, in bytes.
 	MaxRequest = 32 << 20
+	// maxDiscard is the largest payload that is read only to be refused, in bytes; beyond it the client is cut off.
+	maxDiscard = 2 * MaxRequest
+	maxName    = 4096 // of an export, as the protocol has it
 	maxOption  = 8 << 10
 	maxOptions = 128
-	// maxExtents bounds the descriptors of one block status reply.
+	// maxNamed bounds the exports that a refusal lists.
+	maxNamed = 16
+	// maxExtents bounds the descriptors of one block status reply, and the chunks of one read.
 	maxExtents = 1024
 )
 
@@ -114,18 +123,19 @@ func parseRequest(b *[requestSize]byte) (request, error) {
 }
 
 // check returns the error number to answer a request with that cannot be done on a disk of size bytes, or 0.
-func (r request) check(size int64, structured bool) uint32 {
+// status says that base:allocation was agreed on.
+func (r request) check(size int64, status bool) uint32 {
 	var allowed uint16
 	switch r.kind {
 	case cmdRead:
-		allowed = 1 << 2 // DF: our reads are one chunk anyway
+		allowed = cmdFlagDF // without structured replies every read is in one piece anyway
 	case cmdWrite, cmdTrim:
 		allowed = cmdFlagFUA
 	case cmdWriteZeroes:
 		allowed = cmdFlagFUA | cmdFlagNoHole | cmdFlagFastZero
 	case cmdBlockStatus:
 		allowed = cmdFlagReqOne
-		if !structured {
+		if !status { // base:allocation was not agreed on
 			return errInval
 		}
 	case cmdFlush:
@@ -163,11 +173,13 @@ func simpleReply(errno uint32, cookie uint64) []byte {
 	return b
 }
 
-// chunkHead is the head of a final structured reply with n bytes of payload.
-func chunkHead(kind uint16, cookie uint64, n int) []byte {
-	b := make([]byte, 20, 28)
+// chunkHead is the head of a structured reply with n bytes of payload, the last of its request if done.
+func chunkHead(kind uint16, cookie uint64, n int, done bool) []byte {
+	b := make([]byte, 20, 32)
 	binary.BigEndian.PutUint32(b, magicChunk)
-	binary.BigEndian.PutUint16(b[4:], chunkDone)
+	if done {
+		binary.BigEndian.PutUint16(b[4:], chunkDone)
+	}
 	binary.BigEndian.PutUint16(b[6:], kind)
 	binary.BigEndian.PutUint64(b[8:], cookie)
 	binary.BigEndian.PutUint32(b[16:], uint32(n))
