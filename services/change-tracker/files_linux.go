@@ -19,6 +19,9 @@ func datasync(f *os.File) error {
 
 // reserve takes space for size bytes; a file system that cannot is no error, since the space is written right after.
 func reserve(f *os.File, size int64) error {
+	if size == 0 { // fallocate refuses it
+		return nil
+	}
 	err := unix.Fallocate(int(f.Fd()), 0, 0, size)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
 		return nil
