@@ -111,6 +111,13 @@ func (h *Host) Zero(disk string, off, n int64) {
 	h.dirty[disk].Add(extent.Range{Off: off, Len: n})
 }
 
+// ZeroUntracked discards behind the tracker's back.
+func (h *Host) ZeroUntracked(disk string, off, n int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.live[disk].Zero(off, n)
+}
+
 // WriteUntracked changes a disk behind the tracker's back, for tests of resynchronisation.
 func (h *Host) WriteUntracked(disk string, off int64, p []byte) {
 	h.mu.Lock()
@@ -149,6 +156,13 @@ func (h *Host) At(ordinal uint64, disk string) *Image {
 		return p.images[disk]
 	}
 	panic(fmt.Sprintf("hosttest: point %d was never cut", ordinal))
+}
+
+// Changes returns what a cut point holds of a disk.
+func (h *Host) Changes(ordinal uint64, disk string) *extent.Set {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.points[ordinal].changes[disk]
 }
 
 // SettlePoint ends a point. COMMITTED makes it the base, ABANDONED gives its changes to the next one.

@@ -17,6 +17,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/rpc"
 	"github.com/landfall-dr/landfall/libs/rpc/pki"
+	"github.com/landfall-dr/landfall/libs/segment"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -236,6 +237,42 @@ func (s *Site) PassTasks(ordinal, base, epoch uint64, scope typesv1.PassScope, w
 		t.GetPass().Index, t.GetPass().Tasks = int32(i+1), int32(len(out))
 	}
 	return out
+}
+
+// Commit puts a cut point into the chain as an uploader would, without one. The point's changes fit one segment per disk.
+func (s *Site) Commit(ordinal, base, epoch uint64, kind replica.Kind) (replica.Result, error) {
+	s.t.Helper()
+	ctx, r := testkit.Context(s.t), s.Replica()
+	p := replica.Proposal{
+		Kind: kind, Epoch: replica.Epoch(epoch), Point: replica.Ordinal(ordinal), Base: replica.Ordinal(base),
+		CutTime: time.Date(2026, 11, 22, 10, 0, int(ordinal), 0, time.UTC), Consistency: replica.ConsistencyCrash, Host: HostName,
+	}
+	tx := replica.NewTx()
+	for _, d := range s.Host.Disks() {
+		disk := replica.Disk{ID: d.GetId(), Gen: 1, Size: d.GetSizeBytes()}
+		w, err := segment.NewWriter(segment.Header{
+			Lineage: r.Lineage().Bytes(), DiskID: disk.ID, Gen: 1, DiskSize: disk.Size, Kind: segment.KindPoint, Ordinal: ordinal,
+		}, nil, segment.Options{})
+		require.NoError(s.t, err)
+		image := s.Host.At(ordinal, disk.ID)
+		for c := range s.Host.Changes(ordinal, disk.ID).All() {
+			for off := c.Off; off < c.End(); {
+				buf := make([]byte, min(c.End()-off, segment.MaxData))
+				image.ReadInto(buf, off)
+				require.NoError(s.t, w.Data(off, buf))
+				off += int64(len(buf))
+			}
+		}
+		if !w.Empty() {
+			body, sha, _, err := w.Finish()
+			require.NoError(s.t, err)
+			seg, err := r.PutSegment(ctx, replica.SegmentKey{Kind: kind, Ordinal: p.Point, Tx: tx, DiskID: disk.ID}, body, sha)
+			require.NoError(s.t, err)
+			disk.Segments = append(disk.Segments, seg)
+		}
+		p.Disks = append(p.Disks, disk)
+	}
+	return r.Commit(ctx, p)
 }
 
 // Replica opens the lineage.

@@ -1,0 +1,103 @@
+package resyncengine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"go.opentelemetry.io/otel/metric"
+	"google.golang.org/grpc"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/shipping"
+	resyncenginev1 "github.com/landfall-dr/landfall/proto/gen/landfall/resyncengine/v1"
+)
+
+// Deps is what the service is given.
+type Deps struct {
+	// Bus carries tasks and events; its name is the source of events ("resync-engine").
+	Bus *bus.Bus
+	// Store holds the lineages.
+	Store blobstore.Store
+	// Hosts finds change trackers.
+	Hosts Hosts
+	// Clock is the time; nil means the system's.
+	Clock func() time.Time
+	// Logger; nil discards.
+	Logger *slog.Logger
+	// MeterProvider; nil means none. Spans come from the bus and from the connections to hosts.
+	MeterProvider metric.MeterProvider
+}
+
+// Service is one resync-engine.
+type Service struct {
+	resyncenginev1.UnimplementedResyncServiceServer
+
+	config   Config
+	bus      *bus.Bus
+	comparer *comparer
+	metrics  *metrics
+	logger   *slog.Logger
+	clock    func() time.Time
+
+	mu     sync.Mutex
+	active map[work]string
+}
+
+// New builds a resync-engine; Run starts it.
+func New(config Config, deps Deps) (*Service, error) {
+	errs := []error{config.Validate()}
+	need := func(ok bool, what string) {
+		if !ok {
+			errs = append(errs, errors.New(what+" is needed"))
+		}
+	}
+	need(deps.Bus != nil, "a bus")
+	need(deps.Store != nil, "a store")
+	need(deps.Hosts != nil, "a way to hosts")
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("build the resync-engine: %w", err)
+	}
+	if deps.Clock == nil {
+		deps.Clock = time.Now
+	}
+	if deps.Logger == nil {
+		deps.Logger = slog.New(slog.DiscardHandler)
+	}
+	m, err := newMetrics(deps.MeterProvider)
+	if err != nil {
+		return nil, fmt.Errorf("build the resync-engine: %w", err)
+	}
+	return &Service{
+		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]string{},
+		comparer: &comparer{
+			config: config, store: deps.Store, hosts: deps.Hosts, pool: shipping.NewPool(config.Buffers, config.SegmentBytes),
+			clock: deps.Clock, metrics: m, logger: deps.Logger,
+		},
+	}, nil
+}
+
+// Register offers ResyncService on a server.
+func (s *Service) Register(r grpc.ServiceRegistrar) {
+	resyncenginev1.RegisterResyncServiceServer(r, s)
+}
+
+// Run takes tasks until ctx ends and the tasks in work have stopped. An error is a consumer that cannot be set up.
+func (s *Service) Run(ctx context.Context) error {
+	consumer, err := s.bus.Consumer(bus.KindResync, s.config.Site, durableCompare, bus.ConsumerOptions{
+		Concurrency: s.config.Concurrency,
+		RetryDelay:  s.config.RetryDelay, RetryDelayMax: 10 * s.config.RetryDelay,
+	})
+	if err != nil {
+		return fmt.Errorf("run the resync-engine: %w", err)
+	}
+	s.logger.InfoContext(ctx, "resync-engine runs", "site", s.config.Site)
+	if err := consumer.Run(ctx, s.handle); err != nil {
+		return fmt.Errorf("run the resync-engine: %w", err)
+	}
+	return nil
+}
