@@ -146,7 +146,8 @@ func TestVoidCheckpoint(t *testing.T) {
 	_, err = slow.Checkpoint(t.Context(), 4)
 	require.ErrorIs(t, err, ErrVoid)
 	n := 0
-	for range g.store.Container(testLineage.ReplicaContainer()).ListSnapshots(t.Context(), DiskBlobName("disk-a", 1)) {
+	for _, err := range g.store.Container(testLineage.ReplicaContainer()).ListSnapshots(t.Context(), DiskBlobName("disk-a", 1)) {
+		require.NoError(t, err)
 		n++
 	}
 	require.Equal(t, 1, n, "only the one of checkpoint 3")

@@ -16,7 +16,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/segment"
 )
 
-const bigSize = 256 << 20
+const bigSize = 128 << 20
 
 func openDir(tb testing.TB) blobstore.Store {
 	s, err := dir.Open(tb.TempDir(), dir.Options{})

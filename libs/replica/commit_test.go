@@ -1,7 +1,6 @@
 package replica
 
 import (
-	"errors"
 	"strings"
 	"testing"
 
@@ -301,7 +300,7 @@ func TestConfig(t *testing.T) {
 	require.NoError(t, err)
 	require.JSONEq(t, `{"cpus":2}`, string(b))
 	_, err = g.r.Config(t.Context(), "../x")
-	require.True(t, errors.Is(err, ErrInvalid))
+	require.ErrorIs(t, err, ErrInvalid)
 }
 
 // TestComparingPassMarksItsPlace is rule 13. An abandoned point is on its way while a pass compares: what is equal

@@ -172,6 +172,6 @@ func TestParse(t *testing.T) {
 	}
 	for _, c := range []struct{ a, t Seq }{{0, 0}, {0, 1}, {7, 7}, {5, 5 + maxStep}, {MaxSeq - 1, MaxSeq}} {
 		a, tt := splitNumber(joinNumber(c.a, c.t))
-		require.Equal(t, c, struct{ a, t Seq }{a, tt})
+		require.Equal(t, []Seq{c.a, c.t}, []Seq{a, tt})
 	}
 }

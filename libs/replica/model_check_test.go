@@ -22,7 +22,6 @@ type checker struct {
 	closed bool
 	fence  string
 	closes int
-	tasks  map[string]*modelTask
 }
 
 // all runs the checks that what was touched calls for.

@@ -167,7 +167,7 @@ func (sd *segData) matches(l Lineage, m *Manifest, d DiskState) error {
 
 // blobReader lets segment read ranges of a blob. It lives for one operation, whose context it carries.
 type blobReader struct {
-	ctx  context.Context //nolint:containedctx // io.ReaderAt has no context parameter; see above
+	ctx  context.Context // io.ReaderAt has no parameter for it
 	c    blobstore.Container
 	name string
 }
@@ -177,7 +177,7 @@ func (b blobReader) ReadAt(p []byte, off int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	defer rc.Close() //nolint:errcheck // reading is over, nothing is lost
+	defer rc.Close()
 	return io.ReadFull(rc, p)
 }
 

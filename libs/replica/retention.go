@@ -192,7 +192,7 @@ func (a *Anchor) state(floor Seq) *State {
 func (r *Replica) readRetention(ctx context.Context) (*Retention, error) {
 	b, err := readAll(ctx, r.replica, retentionName, maxRetention)
 	if errors.Is(err, blobstore.ErrNotFound) {
-		return nil, nil //nolint:nilnil // absence is a state of the record, not an error
+		return nil, nil // absence is a state of the record, not an error
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read retention record: %w", err)
@@ -213,7 +213,7 @@ func readAll(ctx context.Context, c blobstore.Container, name string, limit int6
 	if err != nil {
 		return nil, err
 	}
-	defer rc.Close() //nolint:errcheck // reading is over, nothing is lost
+	defer rc.Close()
 	if props.Size > limit {
 		return nil, fmt.Errorf("read %s: %d bytes, at most %d: %w", name, props.Size, limit, ErrCorrupt)
 	}

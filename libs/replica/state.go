@@ -146,7 +146,6 @@ func (s *State) admit(m *Manifest, b *bugs) (dup Seq, err error) {
 		if !(b.StaleTask && m.Kind.IsPoint()) && !(b.NoPassOrdinal && m.Kind == KindPartial) {
 			return dup, err
 		}
-		dup = 0
 	}
 	switch m.Kind {
 	case KindClose:
