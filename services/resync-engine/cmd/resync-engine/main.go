@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"os"
+	"runtime/debug"
 
 	"github.com/landfall-dr/landfall/libs/program"
 	resyncengine "github.com/landfall-dr/landfall/services/resync-engine"
@@ -23,5 +24,8 @@ func main() {
 func build(_ context.Context, e *program.Env, s *settings) (program.Service, error) {
 	c := s.ResyncEngine
 	c.Site = e.Site
+	if c.MemoryLimitBytes > 0 {
+		debug.SetMemoryLimit(c.MemoryLimitBytes)
+	}
 	return resyncengine.New(c, resyncengine.Deps{Bus: e.Bus, Store: e.Store, Hosts: e.Hosts, Clock: e.Clock, Logger: e.Logger, MeterProvider: e.Meter})
 }

@@ -1,0 +1,36 @@
+// Command host-provider runs the hypervisor's side of one host.
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/landfall-dr/landfall/libs/program"
+	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
+	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
+	"github.com/landfall-dr/landfall/services/host-provider/imagedir"
+)
+
+type settings struct {
+	Program      program.Settings    `koanf:"program"`
+	HostProvider hostprovider.Config `koanf:"host_provider"`
+}
+
+func main() {
+	defaults := settings{Program: program.DefaultSettings(), HostProvider: hostprovider.Default()}
+	os.Exit(program.Main("host-provider", defaults, func(s *settings) *program.Settings { return &s.Program }, build))
+}
+
+func build(ctx context.Context, e *program.Env, s *settings) (program.Service, error) {
+	c := s.HostProvider
+	c.Site = e.Site
+	tracker, err := e.Peer(program.ChangeTracker)
+	if err != nil {
+		return nil, err
+	}
+	driver, err := imagedir.New(c.Images, c.Site, c.Host, changetrackerv1.NewChangeTrackerServiceClient(tracker), e.Logger)
+	if err != nil {
+		return nil, err
+	}
+	return hostprovider.New(ctx, c, hostprovider.Deps{Clock: e.Clock, Logger: e.Logger, Bus: e.Bus, Driver: driver, Version: e.Version})
+}

@@ -1,0 +1,93 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/program"
+	"github.com/landfall-dr/landfall/libs/telemetry"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/tools/allinone"
+)
+
+// memoryLimit is the soft limit of `landfall up`, in bytes: six services in one process.
+const memoryLimit = 220 << 20
+
+func (a *app) upCommand() *cobra.Command {
+	o := allinone.Options{}
+	var format, trace, endpoint string
+	c := &cobra.Command{
+		Use: "up --images DIR", Short: "Run the whole product in this process until interrupted", Args: cobra.NoArgs,
+		Long: `Run the six services, an embedded event server and a store in one folder, in one
+process. Certificates are made in the state folder, where the other commands find them.
+
+DIR has one folder per machine, with vm.yaml and its disk images. Guests reach the
+disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
+		Example: "  landfall up --images /srv/vms\n  landfall up --images ./vms --state ./state --listen 127.0.0.1:7443",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			if err := failpoint.Arm(os.Getenv("LANDFALL_FAILPOINTS")); err != nil {
+				return err
+			}
+			debug.SetMemoryLimit(memoryLimit)
+			tel, err := telemetry.Setup(ctx, telemetry.Options{
+				Service: "landfall", Version: program.Version, LogFormat: telemetry.Format(format), LogOutput: a.err,
+				Exporter: telemetry.Exporter(trace), Endpoint: endpoint, SpanOutput: a.out,
+			})
+			if err != nil {
+				return err
+			}
+			defer func() {
+				flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+				defer cancel()
+				_ = tel.Shutdown(flush)
+			}()
+			if o.State, err = filepath.Abs(a.state); err != nil {
+				return err
+			}
+			o.Version, o.Clock, o.Logger, o.Tracer, o.Meter = program.Version, time.Now, tel.Logger, tel.TracerProvider, tel.MeterProvider
+			o.OnReady = func(address string) {
+				client := ClientConfig{Site: o.Site, Certificates: allinone.ClientCertificates, Endpoints: map[string]string{"scheduler": address, "failover-orchestrator": address}}
+				if err := WriteClientConfig(o.State, client); err != nil {
+					tel.Logger.Error("write client configuration", "error", err)
+				}
+				fmt.Fprintf(a.out, "landfall is up: API %s, state %s\n", address, o.State)
+			}
+			err = allinone.Run(ctx, o)
+			if err == nil || errors.Is(err, context.Canceled) && ctx.Err() != nil {
+				return nil
+			}
+			return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE, err, "landfall up")
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.Images, "images", "", "folder of machine folders")
+	f.StringVar(&o.Listen, "listen", "127.0.0.1:0", "address of the API")
+	f.StringVar(&o.NBDListen, "nbd-listen", "127.0.0.1:0", "address at which guests find their disks: loopback, or unix:PATH")
+	f.StringVar(&o.Site, "site", "local", "name of this site")
+	f.StringVar(&o.Host, "host", "host-1", "name of this host")
+	f.StringVar(&format, "log-format", "text", "text or json")
+	f.StringVar(&trace, "trace", "none", "where spans go: none, stdout or otlp")
+	f.StringVar(&endpoint, "trace-endpoint", "", "OTLP collector, for example http://127.0.0.1:4317")
+	_ = c.MarkFlagRequired("images")
+	return c
+}
+
+func (a *app) versionCommand() *cobra.Command {
+	return &cobra.Command{Use: "version", Short: "Print the version", Args: cobra.NoArgs, Example: "  landfall version", RunE: func(*cobra.Command, []string) error {
+		if a.format != "table" {
+			return a.printValue(map[string]string{"version": program.Version})
+		}
+		fmt.Fprintln(a.out, program.Version)
+		return nil
+	}}
+}
