@@ -392,7 +392,7 @@ func TestPlantedBugsAreFoundByChance(t *testing.T) {
 		t.Skip("set LANDFALL_CRASH_RUNS to 300")
 	}
 	for name, bug := range map[string]func(*Tracker){
-		"extent cooled by a seal":              func(t *Tracker) { t.bugs.coolOnSeal = true },
+		"extent cooled by a seal":             func(t *Tracker) { t.bugs.coolOnSeal = true },
 		"old log data over a newer live copy": func(t *Tracker) { t.bugs.keepChainAcrossGap = true },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -186,31 +186,38 @@ func (t *Tracker) checkImages(spec MachineSpec) error {
 	return nil
 }
 
-func (t *Tracker) openMachine(spec MachineSpec) (m *machine, err error) {
-	m = &machine{t: t, id: spec.ID, dir: spec.Dir}
+func (t *Tracker) openMachine(spec MachineSpec) (*machine, error) {
+	m := &machine{t: t, id: spec.ID, dir: spec.Dir}
+	var err error
 	if m.lock, err = t.files.Lock(filepath.Join(spec.Dir, ".change-tracker.lock")); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrDiskInUse, err)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, m.abort())
-		}
-	}()
+	if err = m.openDisks(spec); err == nil {
+		err = m.load()
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.abort())
+	}
+	return m, nil
+}
+
+func (m *machine) openDisks(spec MachineSpec) error {
 	for _, s := range spec.Disks {
 		d := &disk{
 			m: m, id: s.ID, path: s.Path, dir: filepath.Dir(s.Path),
 			prefix: fmt.Sprintf("%s.%s.", filepath.Base(s.Path), s.ID), format: s.Format,
 		}
-		if d.identity, err = t.files.Identity(s.Path); err != nil {
-			return nil, err
+		var err error
+		if d.identity, err = m.t.files.Identity(s.Path); err != nil {
+			return err
 		}
-		if d.img, err = t.files.OpenImage(s.Path, s.Format); err != nil {
-			return nil, fmt.Errorf("open image of %s: %w", s.ID, err)
+		if d.img, err = m.t.files.OpenImage(s.Path, s.Format); err != nil {
+			return fmt.Errorf("open image of %s: %w", s.ID, err)
 		}
 		d.size = d.img.Size()
 		m.disks = append(m.disks, d)
 	}
-	return m, m.load()
+	return nil
 }
 
 func (m *machine) is(spec MachineSpec) bool {

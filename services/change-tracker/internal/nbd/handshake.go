@@ -23,9 +23,9 @@ type conn struct {
 	structured bool
 	meta       string // export that base:allocation was asked for; empty for none
 
-	mu      sync.Mutex // guards name and drainBy
-	name    string
-	drainBy time.Time // when a connection that is to stop is cut off; zero for one that is not
+	mu       sync.Mutex // guards name and stopping
+	name     string
+	stopping bool
 
 	out sync.Mutex // one reply at a time
 }
@@ -39,36 +39,36 @@ func (c *conn) export() string {
 func (c *conn) stopped() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return !c.drainBy.IsZero()
+	return c.stopping
 }
 
-// stop makes the reading end; requests in flight are answered still, if the client takes the replies in time.
+// stop makes the reading end. Requests in flight are answered still, however long the disk takes: only a client that
+// does not take a reply is cut off.
 func (c *conn) stop() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.drainBy.IsZero() {
-		c.drainBy = time.Now().Add(c.server.limits.drain)
-	}
+	c.stopping = true
 	_ = c.nc.SetReadDeadline(time.Unix(1, 0)) // an error means that it is closed already
-	_ = c.nc.SetWriteDeadline(c.drainBy)
+	_ = c.nc.SetWriteDeadline(time.Now().Add(c.server.limits.drain))
 }
 
 // armRead sets the read deadline unless the connection is to stop.
 func (c *conn) armRead(deadline time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.drainBy.IsZero() {
+	if !c.stopping {
 		_ = c.nc.SetReadDeadline(deadline)
 	}
 }
 
-// armWrite sets the write deadline unless the connection is to stop.
-func (c *conn) armWrite(deadline time.Time) {
+// armWrite gives the client so long to take what is written next, or less if the connection is to stop.
+func (c *conn) armWrite(patience time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.drainBy.IsZero() {
-		_ = c.nc.SetWriteDeadline(deadline)
+	if c.stopping {
+		patience = min(patience, c.server.limits.drain)
 	}
+	_ = c.nc.SetWriteDeadline(time.Now().Add(patience))
 }
 
 var errAbort = errors.New("nbd: client ended the negotiation")
@@ -79,9 +79,8 @@ func (c *conn) run() error {
 		_ = tcp.SetNoDelay(true) // the default; a failure costs latency only
 	}
 	c.in = bufio.NewReaderSize(c.nc, 256<<10)
-	deadline := time.Now().Add(c.server.limits.handshake)
-	c.armRead(deadline)
-	c.armWrite(deadline)
+	c.armRead(time.Now().Add(c.server.limits.handshake))
+	c.armWrite(c.server.limits.handshake)
 	err := c.negotiate()
 	if errors.Is(err, errAbort) {
 		return nil

@@ -52,7 +52,7 @@ type limits struct {
 	connections int
 	handshake   time.Duration // from the first byte to the choice of an export
 	reply       time.Duration // for the client to take one
-	drain       time.Duration // for it to take all replies once the connection is to end
+	drain       time.Duration // for the same once the connection is to end
 	acceptRetry time.Duration
 }
 

@@ -247,7 +247,7 @@ func (c *conn) status(r request, at extent.Range) ([]byte, error) {
 func (c *conn) send(parts ...[]byte) error {
 	c.out.Lock()
 	defer c.out.Unlock()
-	c.armWrite(time.Now().Add(c.server.limits.reply))
+	c.armWrite(c.server.limits.reply)
 	buffers := net.Buffers(parts)
 	_, err := buffers.WriteTo(c.nc)
 	return err
