@@ -60,6 +60,8 @@ type Options struct {
 	Token string
 	// Name is the service; it names the connection and is the source of events.
 	Name string
+	// AckWait is the default of [ConsumerOptions.AckWait] on this connection; zero is 30 s.
+	AckWait time.Duration
 	// Logger, TracerProvider and MeterProvider default to none.
 	Logger         *slog.Logger
 	TracerProvider trace.TracerProvider
@@ -82,6 +84,7 @@ type shared struct {
 	tracer  trace.Tracer
 	counter metric.Int64Counter
 	onState func(State, error)
+	ackWait time.Duration // default of consumers; zero is theirs
 
 	mu          sync.Mutex
 	state       State
@@ -95,7 +98,7 @@ type shared struct {
 // connection reconnects for ever; requests meanwhile wait for their deadline.
 func Connect(ctx context.Context, o Options) (*Bus, error) {
 	s := &shared{
-		logger: o.Logger, onState: o.OnState, state: Disconnected,
+		logger: o.Logger, onState: o.OnState, ackWait: o.AckWait, state: Disconnected,
 		reconnected: make(chan struct{}), closed: make(chan struct{}),
 	}
 	if s.logger == nil {

@@ -260,6 +260,9 @@ func (b *Bus) Subscribe(ctx context.Context, sub Subscription, handle func(ctx c
 	if sub.MaxDeliver <= 0 {
 		sub.MaxDeliver = 10
 	}
+	if sub.AckWait <= 0 {
+		sub.AckWait = b.ackWait
+	}
 	o := ConsumerOptions{
 		AckWait: sub.AckWait, Concurrency: sub.Concurrency, MaxDeliver: sub.MaxDeliver,
 		RetryDelay: sub.RetryDelay, RetryDelayMax: sub.RetryDelayMax,

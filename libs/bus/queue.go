@@ -110,7 +110,7 @@ func vmOf(m proto.Message) string {
 // ConsumerOptions configures a consumer; zero fields take the default.
 type ConsumerOptions struct {
 	// AckWait is how long the server waits for a sign of life before it delivers
-	// a task again; default 30 s. While a handler runs, one is sent every third
+	// a task again; default [Options.AckWait], else 30 s. While a handler runs, one is sent every third
 	// of it.
 	AckWait time.Duration
 	// MaxDeliver is how often a task is delivered before it is parked; default 3.
@@ -173,6 +173,9 @@ func (b *Bus) Consumer(kind Kind, site, durable string, o ConsumerOptions) (*Con
 	}
 	if err != nil {
 		return nil, fmt.Errorf("consumer of %s: %w", kind, err)
+	}
+	if o.AckWait <= 0 {
+		o.AckWait = b.ackWait
 	}
 	o = o.withDefaults()
 	return &Consumer{b: b, kind: kind, site: site, o: o, spec: spec{

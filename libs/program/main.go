@@ -80,7 +80,7 @@ func serve(ctx context.Context, name string, s *Settings, tel *telemetry.Telemet
 	}
 	b, err := bus.Connect(start, bus.Options{
 		URL: s.Bus.URL, CAFile: s.Bus.CA, CertFile: s.Bus.Cert, KeyFile: s.Bus.Key, Token: s.Bus.Token.Reveal(),
-		Name: name, Logger: log, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider,
+		Name: name, AckWait: s.Bus.AckWait, Logger: log, TracerProvider: tel.TracerProvider, MeterProvider: tel.MeterProvider,
 	})
 	if err != nil {
 		return fmt.Errorf("connect to the event server: %w", err)

@@ -77,6 +77,9 @@ func (s Settings) Validate() error {
 	oneOf("log.format", s.Log.Format, "text", "json")
 	oneOf("log.level", s.Log.Level, "debug", "info", "warn", "error")
 	oneOf("trace.exporter", s.Trace.Exporter, "none", "stdout", "otlp")
+	if a := s.Bus.AckWait; a != 0 && (a < time.Second || a > 10*time.Minute) {
+		problems = append(problems, config.Bad("bus.ack_wait", "%s must be 0 or 1s to 10m", a))
+	}
 	if s.DrainDelay < 0 || s.DrainDelay > time.Minute {
 		problems = append(problems, config.Bad("drain_delay", "%s must be 0 to 1m", s.DrainDelay))
 	}

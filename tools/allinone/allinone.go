@@ -123,7 +123,7 @@ func (p *parts) open(ctx context.Context) error {
 		return fmt.Errorf("start event server: %w", err)
 	}
 	p.closers = append(p.closers, p.events.Stop)
-	if p.bus, err = bus.Connect(ctx, bus.Options{Server: p.events, Name: "landfall", Logger: p.log, TracerProvider: o.Tracer, MeterProvider: o.Meter}); err != nil {
+	if p.bus, err = bus.Connect(ctx, bus.Options{Server: p.events, Name: "landfall", AckWait: o.AckWait, Logger: p.log, TracerProvider: o.Tracer, MeterProvider: o.Meter}); err != nil {
 		return fmt.Errorf("connect to the event server: %w", err)
 	}
 	p.closers = append(p.closers, p.bus.Close)

@@ -22,8 +22,12 @@ import (
 // memoryLimit is the soft limit of `landfall up`, in bytes: six services in one process.
 const memoryLimit = 220 << 20
 
+// ackWait is how long after a kill the tasks that were in work come again: no worker dies alone in one process, so
+// nobody is taken for dead who only works long.
+const ackWait = 5 * time.Second
+
 func (a *app) upCommand() *cobra.Command {
-	o := allinone.Options{}
+	o := allinone.Options{AckWait: ackWait}
 	var format, trace, endpoint string
 	c := &cobra.Command{
 		Use: "up --images DIR", Short: "Run the whole product in this process until interrupted", Args: cobra.NoArgs,

@@ -187,6 +187,12 @@ type Error struct {
 
 func (e *Error) Error() string { return fmt.Sprintf("NBD error %d", e.Code) }
 
+// codeShutdown is the errno of a server that is going away: its clients come again.
+const codeShutdown = 108
+
+// Refused says that the server failed the request, as the guest of a disk would see it.
+func (e *Error) Refused() bool { return e.Code != codeShutdown }
+
 // ReadAt fills p from off.
 func (c *Client) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), c.request(commandRead, 0, off, len(p), nil, p)
