@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sync/semaphore"
 
