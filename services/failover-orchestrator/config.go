@@ -3,6 +3,7 @@ package failoverorchestrator
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 )
 
@@ -22,6 +23,9 @@ type Config struct {
 	Attempts int `koanf:"attempts"`
 }
 
+// site is a token of event subjects (docs/events.md).
+var site = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
+
 // Default is a sensible configuration.
 func Default() Config {
 	return Config{Site: "local", Workers: 2, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5}
@@ -35,8 +39,8 @@ func (c Config) Validate() error {
 			problems = append(problems, fmt.Errorf("%s: %d must be %d to %d", key, v, low, high))
 		}
 	}
-	if c.Site == "" {
-		problems = append(problems, errors.New("site: must not be empty"))
+	if !site.MatchString(c.Site) {
+		problems = append(problems, fmt.Errorf("site: %q must be 1 to 64 of a-z, 0-9 and inner hyphens", c.Site))
 	}
 	between("workers", c.Workers, 1, 64)
 	between("parallel", c.Parallel, 1, 64)

@@ -43,11 +43,28 @@ func newJob(name string, kind typesv1.JobKind, target, by, request string, now *
 	return j
 }
 
-// ensureJob makes the job's record exist: the failover's record is written first, so a kill may have left it out.
+// ensureJob makes the job's record exist: the failover's record is written first, so a kill may have left it out. Whoever
+// is first makes it; who asked is only known to the handler, which fills that in.
 func (s *Service) ensureJob(ctx context.Context, j *typesv1.Job) error {
 	_, err := s.jobs.Create(ctx, jobKey(j.Name), j)
-	if err != nil && !errors.Is(err, bus.ErrExists) {
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, bus.ErrExists) {
 		return fmt.Errorf("create job: %w", err)
+	}
+	if j.RequestedBy == "" && j.RequestId == "" {
+		return nil
+	}
+	_, _, err = s.jobs.Mutate(ctx, jobKey(j.Name), func(have *typesv1.Job) error {
+		if have.RequestedBy != "" || have.RequestId != "" {
+			return bus.NoChange
+		}
+		have.RequestedBy, have.RequestId = j.RequestedBy, j.RequestId
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("write job: %w", err)
 	}
 	return nil
 }
@@ -70,16 +87,18 @@ func (s *Service) job(ctx context.Context, name string, change func(j *typesv1.J
 	return j, nil
 }
 
-// step moves one step of a job.
+// step moves one step of a job; a step that succeeded is left as it is.
 func (s *Service) step(ctx context.Context, job, id string, state typesv1.JobState, detail string) error {
 	now := timestamppb.New(s.deps.Clock())
-	_, err := s.job(ctx, job, func(j *typesv1.Job) {
+	begun := false
+	j, err := s.job(ctx, job, func(j *typesv1.Job) {
+		begun = j.State != typesv1.JobState_JOB_STATE_IN_PROGRESS
 		if j.StartTime == nil {
 			j.StartTime = now
 		}
 		j.State = typesv1.JobState_JOB_STATE_IN_PROGRESS
 		for _, st := range j.Steps {
-			if st.Id != id {
+			if st.Id != id || st.State == typesv1.JobState_JOB_STATE_SUCCEEDED {
 				continue
 			}
 			st.State, st.Detail = state, detail
@@ -91,7 +110,15 @@ func (s *Service) step(ctx context.Context, job, id string, state typesv1.JobSta
 			}
 		}
 	})
+	if err == nil && begun {
+		s.changed(ctx, j)
+	}
 	return err
+}
+
+// changed tells that a job has another state.
+func (s *Service) changed(ctx context.Context, j *typesv1.Job) {
+	s.publish(ctx, "job.changed", j.Target, bus.EventID("job", j.Name, j.State.String()), &eventsv1.JobChanged{Job: j})
 }
 
 // endJob ends a job, with an error or without, and tells everybody.
@@ -108,13 +135,11 @@ func (s *Service) endJob(ctx context.Context, name string, cause error, result f
 				}
 			}
 		}
-		if result != nil {
-			result(j)
-		}
+		result(j)
 	})
 	if err != nil {
 		return err
 	}
-	s.publish(ctx, "job.changed", j.Target, bus.EventID("job", name, j.State.String()), &eventsv1.JobChanged{Job: j})
+	s.changed(ctx, j)
 	return nil
 }

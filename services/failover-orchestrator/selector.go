@@ -1,11 +1,12 @@
 package failoverorchestrator
 
 import (
-	"context"
 	"errors"
 
+	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/segment"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -43,25 +44,39 @@ func choose(points []replica.Point, s *failoverv1.PointSelector) (replica.Point,
 	return replica.Point{}, errcat.New(typesv1.ErrorReason_ERROR_REASON_POINT_NOT_FOUND, "%s", what)
 }
 
-// replicaError gives an error of the replica its reason.
+// replicaError gives an error of reading a point's data its reason.
 func replicaError(err error, format string, args ...any) error {
+	return wrap(typesv1.ErrorReason_ERROR_REASON_SEGMENT_CORRUPT, err, format, args...)
+}
+
+// chainError gives an error of reading the chain its reason.
+func chainError(err error, format string, args ...any) error {
+	return wrap(typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN, err, format, args...)
+}
+
+// configError gives an error of reading a machine's configuration its reason.
+func configError(err error, format string, args ...any) error {
+	return wrap(typesv1.ErrorReason_ERROR_REASON_MANIFEST_CORRUPT, err, format, args...)
+}
+
+// wrap gives an error of the replica its reason; damaged is the reason where storage holds something wrong, or misses
+// an object that the chain names.
+func wrap(damaged typesv1.ErrorReason, err error, format string, args ...any) error {
 	reason := typesv1.ErrorReason_ERROR_REASON_STORAGE_UNAVAILABLE
+	var known *errcat.Error
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, replica.ErrNotFound), errors.Is(err, replica.ErrNotReachable):
+	case errors.As(err, &known): // of the sink
+		reason = known.Reason
+	case errors.Is(err, replica.ErrNotFound):
 		reason = typesv1.ErrorReason_ERROR_REASON_POINT_NOT_FOUND
+	case errors.Is(err, replica.ErrNotReachable):
+		reason = typesv1.ErrorReason_ERROR_REASON_RETIRED
 	case errors.Is(err, replica.ErrNoLineage):
 		reason = typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED
-	case errors.Is(err, replica.ErrCorrupt):
-		reason = typesv1.ErrorReason_ERROR_REASON_SEGMENT_CORRUPT
-	}
-	var known *errcat.Error
-	if errors.As(err, &known) {
-		reason = known.Reason
-	}
-	if errors.Is(err, context.Canceled) {
-		reason = typesv1.ErrorReason_ERROR_REASON_CANCELLED
+	case errors.Is(err, replica.ErrCorrupt), errors.Is(err, segment.ErrCorrupt), errors.Is(err, blobstore.ErrNotFound):
+		reason = damaged
 	}
 	return errcat.Wrap(reason, err, format, args...)
 }

@@ -1,6 +1,7 @@
 package failoverorchestrator
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -42,10 +43,12 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 		return nil, err
 	}
 	id := uuid.Must(uuid.NewV7()).String()
-	if r.RequestId != "" {
+	if r.RequestId != "" && !r.ValidateOnly {
 		id = uuid.NewSHA1(requests, []byte(vm.Name+"\x00"+r.RequestId)).String()
 		if f, _, err := h.s.failovers.Get(ctx, bus.Key(id)); err == nil {
-			return h.started(ctx, f)
+			return h.started(ctx, f, r.RequestId)
+		} else if !errors.Is(err, bus.ErrNotFound) {
+			return nil, storeError(err)
 		}
 	}
 	if !slices.Contains(testable, vm.State) {
@@ -54,7 +57,7 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 	if other, err := h.active(ctx, vm.Name); err != nil {
 		return nil, err
 	} else if other != nil {
-		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_TEST_FAILOVER_ACTIVE, "%s has a test failover already, %s in %s", vm.DisplayName, lastPart(other.Name), other.OutDir).With("failover", other.Name)
+		return nil, testActive(vm.DisplayName, other)
 	}
 	folder, err := vhdtarget.New(r.OutDir, id)
 	if err != nil {
@@ -63,7 +66,7 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 	if _, err := folder.Check(); err != nil {
 		return nil, err
 	}
-	point, err := h.point(ctx, vm, r.Point)
+	point, machine, err := h.point(ctx, vm, r.Point)
 	if err != nil {
 		return nil, err
 	}
@@ -73,25 +76,40 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 	f := &failoverv1.Failover{
 		Name: "failovers/" + id, Vm: vm.Name, Lineage: vm.Lineage, State: typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING,
 		Point: uint64(point.Ordinal), CutTime: timestamppb.New(point.CutTime), Target: r.Target, OutDir: folder.Path(),
-		Job: "jobs/" + uuid.Must(uuid.NewV7()).String(), CreateTime: timestamppb.New(h.s.deps.Clock()), Machine: vm.Machine,
+		Job: "jobs/" + uuid.Must(uuid.NewV7()).String(), CreateTime: timestamppb.New(h.s.deps.Clock()), Machine: machine,
 	}
-	if _, err := h.s.failovers.Create(ctx, bus.Key(id), f); errors.Is(err, bus.ErrExists) {
+	rev, err := h.s.failovers.Create(ctx, bus.Key(id), f)
+	if errors.Is(err, bus.ErrExists) { // the same request, twice at once
 		if f, _, err = h.s.failovers.Get(ctx, bus.Key(id)); err != nil {
 			return nil, storeError(err)
 		}
-	} else if err != nil {
+		return h.started(ctx, f, r.RequestId)
+	}
+	if err != nil {
 		return nil, storeError(err)
 	}
-	job := newJob(f.Job, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, f.Vm, caller(ctx), r.RequestId, f.CreateTime, testSteps)
-	if err := h.s.ensureJob(ctx, job); err != nil {
-		return nil, storeError(err)
+	// Two requests may have passed the look at what is active together. If this process dies here, the step
+	// check-target finds it out.
+	if other, err := h.s.rival(ctx, f); err == nil && other != nil {
+		if err := h.s.failovers.Delete(ctx, bus.Key(id), rev); err == nil {
+			return nil, testActive(vm.DisplayName, other)
+		}
+	}
+	out, err := h.started(ctx, f, r.RequestId)
+	if err != nil {
+		return nil, err
 	}
 	h.s.announce(ctx, f, f.State)
 	h.s.poke()
-	return h.started(ctx, f)
+	return out, nil
 }
 
-func (h *server) started(ctx context.Context, f *failoverv1.Failover) (*failoverv1.StartTestFailoverResponse, error) {
+// started answers with the failover's job, which may have to be made still.
+func (h *server) started(ctx context.Context, f *failoverv1.Failover, request string) (*failoverv1.StartTestFailoverResponse, error) {
+	job := newJob(f.Job, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, f.Vm, caller(ctx), request, f.CreateTime, testSteps)
+	if err := h.s.ensureJob(ctx, job); err != nil {
+		return nil, storeError(err)
+	}
 	j, err := h.readJob(ctx, f.Job)
 	if err != nil {
 		return nil, err
@@ -116,20 +134,59 @@ func (h *server) vm(ctx context.Context, name string) (*schedulerv1.ProtectedVm,
 	return r.Vm, nil
 }
 
-func (h *server) point(ctx context.Context, vm *schedulerv1.ProtectedVm, s *failoverv1.PointSelector) (replica.Point, error) {
+// point finds the point that a selector means, and the machine as it was then.
+func (h *server) point(ctx context.Context, vm *schedulerv1.ProtectedVm, s *failoverv1.PointSelector) (replica.Point, *typesv1.Machine, error) {
 	lineage, err := replica.ParseLineage(vm.Lineage)
 	if err != nil {
-		return replica.Point{}, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "lineage of %s", vm.DisplayName)
+		return replica.Point{}, nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "lineage of %s", vm.DisplayName)
 	}
 	r, err := replica.Open(ctx, h.s.deps.Store, lineage)
 	if err != nil {
-		return replica.Point{}, replicaError(err, "open the replica of %s", vm.DisplayName)
+		return replica.Point{}, nil, chainError(err, "open the replica of %s", vm.DisplayName)
 	}
 	points, err := r.Points(ctx)
 	if err != nil {
-		return replica.Point{}, replicaError(err, "list the recovery points of %s", vm.DisplayName)
+		return replica.Point{}, nil, chainError(err, "list the recovery points of %s", vm.DisplayName)
 	}
-	return choose(points, s)
+	point, err := choose(points, s)
+	if err != nil {
+		return point, nil, err
+	}
+	m, err := r.Find(ctx, point.Ordinal)
+	if err != nil {
+		return point, nil, chainError(err, "find point %d", point.Ordinal)
+	}
+	machine, err := machineAt(ctx, r, m, vm.Machine)
+	return point, machine, err
+}
+
+func testActive(vm string, other *failoverv1.Failover) error {
+	return errcat.New(typesv1.ErrorReason_ERROR_REASON_TEST_FAILOVER_ACTIVE, "%s has a test failover already, %s in %s", vm, lastPart(other.Name), other.OutDir).With("failover", other.Name)
+}
+
+// rival is another test failover of the same VM that goes before f: one that is under way or up, or of two that begin
+// at once the one asked for first.
+func (s *Service) rival(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
+	entries, err := s.failovers.List(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		o := e.Value
+		if o.Vm != f.Vm || o.Name == f.Name || !active(o.State) {
+			continue
+		}
+		first := cmp.Or(o.CreateTime.AsTime().Compare(f.CreateTime.AsTime()), strings.Compare(o.Name, f.Name)) < 0
+		if o.State != typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || first {
+			return o, nil
+		}
+	}
+	return nil, nil
+}
+
+// active says whether a test failover in that state has, or may have, something to clean up.
+func active(state typesv1.TestFailoverState) bool {
+	return state != typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE && state != typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED
 }
 
 // active finds a test failover of the VM that is not cleaned up. One that failed has removed what it made.
@@ -139,15 +196,45 @@ func (h *server) active(ctx context.Context, vm string) (*failoverv1.Failover, e
 		return nil, storeError(err)
 	}
 	for _, e := range entries {
-		switch e.Value.State {
-		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
-		default:
-			if e.Value.Vm == vm {
-				return e.Value, nil
-			}
+		if e.Value.Vm == vm && active(e.Value.State) {
+			return e.Value, nil
 		}
 	}
 	return nil, nil
+}
+
+// cleanable finds what "clean up this VM" means: the active test failover; else the one that this very request cleaned
+// up already; else the newest, if it failed.
+func (h *server) cleanable(ctx context.Context, vm *schedulerv1.ProtectedVm, request string) (string, error) {
+	if f, err := h.active(ctx, vm.Name); err != nil {
+		return "", err
+	} else if f != nil {
+		return f.Name, nil
+	}
+	entries, err := h.s.failovers.List(ctx, "")
+	if err != nil {
+		return "", storeError(err)
+	}
+	var newest *failoverv1.Failover
+	for _, e := range entries {
+		if e.Value.Vm == vm.Name && (newest == nil || e.Value.CreateTime.AsTime().After(newest.CreateTime.AsTime())) {
+			newest = e.Value
+		}
+	}
+	switch {
+	case newest == nil:
+	case newest.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
+		return newest.Name, nil
+	case request != "" && newest.CleanupJob != "":
+		j, err := h.readJob(ctx, newest.CleanupJob)
+		if err != nil {
+			return "", err
+		}
+		if j.RequestId == request {
+			return newest.Name, nil
+		}
+	}
+	return "", errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "%s has no test failover to clean up", vm.DisplayName)
 }
 
 func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpTestFailoverRequest) (*failoverv1.CleanUpTestFailoverResponse, error) {
@@ -160,14 +247,9 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 		if err != nil {
 			return nil, err
 		}
-		f, err := h.active(ctx, vm.Name)
-		if err != nil {
+		if name, err = h.cleanable(ctx, vm, r.RequestId); err != nil {
 			return nil, err
 		}
-		if f == nil {
-			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "%s has no test failover to clean up", vm.DisplayName)
-		}
-		name = f.Name
 	}
 	f, _, err := h.s.failovers.Mutate(ctx, failoverKey(name), func(f *failoverv1.Failover) error {
 		switch f.State {
@@ -182,7 +264,7 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 				return bus.NoChange // done: the same job is the answer
 			}
 		}
-		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "the test failover is %s: it cannot be cleaned up yet", outcome(f.State))
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "the test failover is still being made: clean it up when it is ready").With("state", f.State.String())
 	})
 	if errors.Is(err, bus.ErrNotFound) {
 		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND, "there is no failover %s", lastPart(name))
@@ -197,8 +279,10 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 	if r.Notes != "" {
 		h.s.log.InfoContext(ctx, "test failover notes", "failover", f.Name, "vm", f.Vm, "notes", r.Notes, "by", caller(ctx))
 	}
-	h.s.announce(ctx, f, f.State)
-	h.s.poke()
+	if f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP {
+		h.s.announce(ctx, f, f.State)
+		h.s.poke()
+	}
 	j, err := h.readJob(ctx, f.CleanupJob)
 	if err != nil {
 		return nil, err
@@ -227,8 +311,13 @@ const (
 func (h *server) ListFailovers(ctx context.Context, r *failoverv1.ListFailoversRequest) (*failoverv1.ListFailoversResponse, error) {
 	vm := r.Vm
 	if vm != "" {
-		if v, err := h.vm(ctx, vm); err == nil {
+		// A VM that is no longer protected keeps its records under its resource name.
+		v, err := h.vm(ctx, vm)
+		switch {
+		case err == nil:
 			vm = v.Name
+		case errcat.Recoverable(err):
+			return nil, err
 		}
 	}
 	entries, err := h.s.failovers.List(ctx, "")
@@ -261,6 +350,9 @@ func (h *server) ListFailovers(ctx context.Context, r *failoverv1.ListFailoversR
 		}
 		e.Value.Revision = e.Revision
 		out.Failovers = append(out.Failovers, e.Value)
+	}
+	if skipping {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "page_token is not one of ours")
 	}
 	return out, nil
 }

@@ -9,7 +9,9 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
@@ -26,7 +28,7 @@ const leaseName = "failover-orchestrator"
 // rescan is how often the records are looked through for work that no wake-up announced.
 const rescan = 10 * time.Second
 
-// Deps is what the service is given.
+// Deps is what the service is given. Clock, Logger and the providers have defaults: the system's clock, and none.
 type Deps struct {
 	Clock          func() time.Time
 	Logger         *slog.Logger
@@ -36,7 +38,7 @@ type Deps struct {
 	Store          blobstore.Store
 	// Scheduler reads VM records; never written from here.
 	Scheduler schedulerv1.ProtectionServiceClient
-	// Holder names this process in the lease.
+	// Holder names this process in the lease; no other process may have the same.
 	Holder string
 }
 
@@ -59,6 +61,21 @@ type Service struct {
 func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 	if err := c.Validate(); err != nil {
 		return nil, fmt.Errorf("failover-orchestrator: %w", err)
+	}
+	if d.Bus == nil || d.Store == nil || d.Scheduler == nil || d.Holder == "" {
+		return nil, errors.New("failover-orchestrator: Bus, Store, Scheduler and Holder must be given")
+	}
+	if d.Clock == nil {
+		d.Clock = time.Now
+	}
+	if d.Logger == nil {
+		d.Logger = slog.New(slog.DiscardHandler)
+	}
+	if d.TracerProvider == nil {
+		d.TracerProvider = tracenoop.NewTracerProvider()
+	}
+	if d.MeterProvider == nil {
+		d.MeterProvider = metricnoop.NewMeterProvider()
 	}
 	failovers, err := bus.OpenKV[*failoverv1.Failover](ctx, d.Bus, bus.BucketFailovers)
 	if err != nil {
@@ -112,7 +129,10 @@ func (s *Service) Run(ctx context.Context) error {
 // work looks for unfinished failovers and runs them, a bounded number at once.
 func (s *Service) work(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(s.config.Workers + 1)
+	group.Go(func() error {
+		s.watch(ctx)
+		return nil
+	})
 	tick := time.NewTicker(rescan)
 	defer tick.Stop()
 	for {
@@ -129,15 +149,11 @@ func (s *Service) work(ctx context.Context) error {
 			if !unfinished(e.Value.State) || !s.claim(e.Key) {
 				continue
 			}
-			started := group.TryGo(func() error {
+			group.Go(func() error {
 				defer s.unclaim(e.Key)
 				s.run(ctx, e.Key)
 				return nil
 			})
-			if !started {
-				s.unclaim(e.Key)
-				break // the next look comes when one ends
-			}
 		}
 		select {
 		case <-ctx.Done():
@@ -156,10 +172,27 @@ func unfinished(st typesv1.TestFailoverState) bool {
 	return st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP
 }
 
+// watch wakes the worker when a record changes, also one that another instance wrote while this one is active.
+func (s *Service) watch(ctx context.Context) {
+	for ctx.Err() == nil {
+		for _, err := range s.failovers.Watch(ctx, "") {
+			if err != nil {
+				if ctx.Err() == nil {
+					s.log.WarnContext(ctx, "watch failovers", "error", err)
+				}
+				break
+			}
+			s.poke()
+		}
+		s.pause(ctx)
+	}
+}
+
+// claim takes a failover if it is not in work and a worker is free; whoever is left out has its turn after unclaim.
 func (s *Service) claim(id string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.running[id] {
+	if s.running[id] || len(s.running) >= s.config.Workers {
 		return false
 	}
 	s.running[id] = true

@@ -66,49 +66,107 @@ func (f *Folder) Check() (exists bool, err error) {
 	case err != nil:
 		return false, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "read target folder")
 	}
-	if m, err := f.marker(); err == nil && m.Failover == f.failover {
+	switch owner, err := f.Owner(); {
+	case err == nil && owner == f.failover:
 		return true, nil
+	case err == nil && owner != "":
+		return true, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_NOT_EMPTY, "target folder %s holds failover %s", f.dir, owner).With("folder", f.dir)
 	}
 	for _, e := range entries {
-		if e.Name() != f.temporaryMarker() {
+		if e.Name() != f.temporaryMarker() && !strings.HasPrefix(e.Name(), probePrefix) {
 			return true, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_NOT_EMPTY, "target folder %s is not empty: it holds %s", f.dir, e.Name()).With("folder", f.dir)
 		}
 	}
 	return true, writable(f.dir)
 }
 
+// probePrefix begins the name of the empty file that Check makes and removes to see that it can.
+const probePrefix = ".landfall-probe-"
+
 // writable tries to make a file.
 func writable(dir string) error {
-	t, err := os.CreateTemp(dir, ".landfall-probe-*")
+	t, err := os.CreateTemp(dir, probePrefix+"*")
 	if err != nil {
 		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "write to %s", dir)
 	}
-	_ = t.Close()
-	return os.Remove(t.Name())
+	if err := errors.Join(t.Close(), os.Remove(t.Name())); err != nil {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "write to %s", dir)
+	}
+	return nil
+}
+
+// Owner is the failover that claimed the folder; "" when none did or the folder is not there.
+func (f *Folder) Owner() (string, error) {
+	m, err := f.marker()
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "read who owns %s", f.dir)
+	}
+	return m.Failover, nil
+}
+
+// Require is an error unless this failover owns the folder: it is asked before anything is written, because a folder
+// that was removed, replaced or unmounted since it was claimed would never be cleaned up again.
+func (f *Folder) Require() error {
+	owner, err := f.Owner()
+	if err != nil || owner == f.failover {
+		return err
+	}
+	return errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, "target folder %s lost its marker: it was removed, replaced or unmounted while the failover ran", f.dir)
 }
 
 func (f *Folder) temporaryMarker() string { return MarkerFile + "." + f.failover }
 
 // Claim makes the folder this failover's, durably, and names the files that it will hold. existed is what Check said
-// before the folder was made. Repeating it is harmless.
+// before the folder was made. Of several failovers that claim a folder at once one succeeds, the others get
+// TARGET_NOT_EMPTY. Repeating it is harmless; a failed one leaves nothing.
 func (f *Folder) Claim(existed bool, files []string) error {
 	if _, err := f.Check(); err != nil {
 		return err
 	}
-	if m, err := f.marker(); err == nil && m.Failover == f.failover {
+	if owner, err := f.Owner(); err == nil && owner == f.failover {
 		return nil
-	}
-	if err := os.Mkdir(f.dir, 0o750); err != nil && !errors.Is(err, os.ErrExist) {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "make target folder")
 	}
 	raw, err := json.MarshalIndent(marker{V: markerVersion, Failover: f.failover, CreatedFolder: !existed, Files: files}, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encode marker: %w", err)
 	}
-	if err := f.write(MarkerFile, f.temporaryMarker(), raw); err != nil {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "claim target folder")
+	err = f.claim(append(raw, '\n'))
+	if err == nil {
+		return nil
 	}
-	return syncFolder(filepath.Dir(f.dir))
+	_ = os.Remove(filepath.Join(f.dir, f.temporaryMarker()))
+	if owner, oerr := f.Owner(); oerr == nil && owner != "" && owner != f.failover {
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_NOT_EMPTY, "target folder %s was claimed by failover %s at the same moment", f.dir, owner).With("folder", f.dir)
+	}
+	if !existed {
+		_ = f.Drop()
+	}
+	return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "claim target folder")
+}
+
+// claim writes the marker, whole or not at all, and never over another: a rename would replace it, a link does not.
+func (f *Folder) claim(raw []byte) error {
+	if err := os.Mkdir(f.dir, 0o750); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	temp, final := filepath.Join(f.dir, f.temporaryMarker()), filepath.Join(f.dir, MarkerFile)
+	if err := writeFile(temp, raw, os.O_TRUNC); err != nil {
+		return err
+	}
+	if err := os.Link(temp, final); errors.Is(err, os.ErrExist) {
+		return err
+	} else if err != nil { // a file system without links
+		if err := writeFile(final, raw, os.O_EXCL); err != nil {
+			return err
+		}
+	}
+	if err := os.Remove(temp); err != nil {
+		return err
+	}
+	return errors.Join(syncFolder(f.dir), syncFolder(filepath.Dir(f.dir)))
 }
 
 // WriteMachine writes vm.json.
@@ -119,22 +177,26 @@ func (f *Folder) WriteMachine(raw []byte) error {
 	return nil
 }
 
-// write makes a file appear whole or not at all.
+// write makes a file appear whole or not at all, in place of what it replaces.
 func (f *Folder) write(name, temporary string, raw []byte) error {
 	temp := filepath.Join(f.dir, temporary)
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(raw)
-	err = errors.Join(err, file.Sync(), file.Close())
-	if err != nil {
+	if err := writeFile(temp, raw, os.O_TRUNC); err != nil {
 		return err
 	}
 	if err := os.Rename(temp, filepath.Join(f.dir, name)); err != nil {
 		return err
 	}
 	return syncFolder(f.dir)
+}
+
+// writeFile makes a file and its content durable.
+func writeFile(path string, raw []byte, flag int) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|flag, 0o640)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(raw)
+	return errors.Join(err, file.Sync(), file.Close())
 }
 
 func (f *Folder) marker() (marker, error) {
@@ -171,24 +233,23 @@ func (f *Folder) Remove() (kept []string, err error) {
 	case err != nil:
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "read who owns %s", f.dir)
 	case m.Failover != f.failover:
+		_ = os.Remove(filepath.Join(f.dir, f.temporaryMarker()))
 		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_NOT_EMPTY, "folder %s belongs to failover %s: it is left alone", f.dir, m.Failover)
 	}
-	ours := []string{MarkerFile, f.temporaryMarker(), partial(MachineFile)}
 	for _, name := range m.Files {
 		if name != filepath.Base(name) || strings.HasPrefix(name, "..") {
 			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INTERNAL, "marker of %s names %q, which is not a plain file name", f.dir, name)
 		}
-		ours = append(ours, name, partial(name))
 	}
 	var problems []error
 	for _, e := range entries {
 		name := e.Name()
-		if !slices.Contains(ours, name) {
-			kept = append(kept, name)
-			continue
-		}
 		if name == MarkerFile {
 			continue // last
+		}
+		if !f.made(m, name) {
+			kept = append(kept, name)
+			continue
 		}
 		if err := os.Remove(filepath.Join(f.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			problems = append(problems, err)
@@ -197,15 +258,45 @@ func (f *Folder) Remove() (kept []string, err error) {
 	if err := errors.Join(problems...); err != nil {
 		return kept, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove the test failover's files")
 	}
+	if err := syncFolder(f.dir); err != nil { // or a power cut could bring back files that no marker names
+		return kept, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove the test failover's files")
+	}
 	if err := os.Remove(filepath.Join(f.dir, MarkerFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return kept, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove the marker")
 	}
-	if m.CreatedFolder && len(kept) == 0 {
-		if err := os.Remove(f.dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return kept, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove the folder")
-		}
+	if m.CreatedFolder {
+		return kept, f.Drop()
 	}
 	return kept, nil
 }
 
+// made says whether a name is one that this failover made: a file of the marker, what an attempt at one left, a probe.
+func (f *Folder) made(m marker, name string) bool {
+	if name == f.temporaryMarker() || strings.HasPrefix(name, probePrefix) {
+		return true
+	}
+	for _, file := range append(m.Files, MachineFile) {
+		if name == file && slices.Contains(m.Files, file) || strings.HasPrefix(name, partial(file)) {
+			return true
+		}
+	}
+	return false
+}
+
+// Drop removes the folder if it is empty: for one that this failover made and of which nothing but the folder is left.
+func (f *Folder) Drop() error {
+	entries, err := os.ReadDir(f.dir)
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(entries) > 0 {
+		return nil
+	}
+	if err == nil {
+		err = os.Remove(f.dir)
+	}
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove the folder")
+	}
+	return nil
+}
+
+// partial begins the names of unfinished copies of a file.
 func partial(name string) string { return "." + name + ".partial" }

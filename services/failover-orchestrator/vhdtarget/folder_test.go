@@ -3,9 +3,11 @@ package vhdtarget_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -131,4 +133,69 @@ func TestMarkerCannotEscape(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(dir, vhdtarget.MarkerFile), []byte(`{"v":1,"failover":"f1","files":["../../etc/passwd"]}`), 0o600))
 	_, err := folder(t, dir, "f1").Remove()
 	require.Error(t, err)
+}
+
+// Of several failovers that claim one folder at once exactly one gets it, and the others leave nothing in it.
+func TestRacingClaims(t *testing.T) {
+	for range 30 {
+		dir := filepath.Join(t.TempDir(), "drill")
+		var wg sync.WaitGroup
+		errs := make([]error, 4)
+		for i := range errs {
+			wg.Go(func() { errs[i] = folder(t, dir, fmt.Sprint("f", i)).Claim(false, []string{"os.vhd"}) })
+		}
+		wg.Wait()
+		owner, err := folder(t, dir, "f0").Owner()
+		require.NoError(t, err)
+		for i, err := range errs {
+			if id := fmt.Sprint("f", i); id == owner {
+				require.NoError(t, err)
+			} else {
+				require.Error(t, err, id)
+			}
+		}
+		if owner != "" { // all may have seen each other and given way
+			require.Equal(t, []string{vhdtarget.MarkerFile}, list(t, dir))
+			_, err = folder(t, dir, owner).Remove()
+			require.NoError(t, err)
+		}
+		require.NoDirExists(t, dir)
+	}
+}
+
+// What a killed process left, at any moment, is ours to remove; an orchestrator that lost its lease without noticing
+// cannot give an unfinished disk its final name.
+func TestLeftovers(t *testing.T) {
+	ctx := context.Background()
+	dir := filepath.Join(t.TempDir(), "drill")
+	f := folder(t, dir, "f1")
+	require.NoError(t, f.Claim(false, []string{"os.vhd", vhdtarget.MachineFile}))
+	stale, fresh := f.Sink(), f.Sink()
+	old, err := stale.Disk(ctx, replica.DiskState{ID: "os", Gen: 1, Size: 1 << 20})
+	require.NoError(t, err)
+	_, err = fresh.Disk(ctx, replica.DiskState{ID: "os", Gen: 1, Size: 1 << 20})
+	require.NoError(t, err)
+	require.Error(t, old.Finish(ctx))
+	require.NotContains(t, list(t, dir), "os.vhd")
+	require.NoError(t, stale.Close())
+	require.NoError(t, fresh.Close())
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	_, err = fresh.Disk(ended, replica.DiskState{ID: "os", Gen: 1, Size: 1 << 20})
+	require.ErrorIs(t, err, context.Canceled)
+
+	for _, name := range []string{".landfall-probe-1", vhdtarget.MarkerFile + ".f1", ".vm.json.partial"} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), nil, 0o600))
+	}
+	kept, err := f.Remove()
+	require.NoError(t, err)
+	require.Empty(t, kept)
+	require.NoDirExists(t, dir)
+
+	// A probe alone does not make a folder occupied; without a marker nothing is written.
+	empty := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(empty, ".landfall-probe-1"), nil, 0o600))
+	_, err = folder(t, empty, "f1").Check()
+	require.NoError(t, err)
+	require.True(t, errcat.Is(folder(t, empty, "f1").Require(), typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE))
 }

@@ -2,9 +2,11 @@ package vhdtarget
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
@@ -24,13 +26,17 @@ type Sink struct {
 	open   []*disk
 }
 
-// Disk starts one disk in a file of another name; what an earlier attempt left is overwritten.
-func (s *Sink) Disk(_ context.Context, d replica.DiskState) (replica.DiskSink, error) {
+// Disk starts one disk under a name that no other attempt uses, so that an orchestrator which lost its lease without
+// noticing cannot give an unfinished file its final name. What earlier attempts left is removed.
+func (s *Sink) Disk(ctx context.Context, d replica.DiskState) (replica.DiskSink, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	name := DiskFile(d.ID)
-	temp := filepath.Join(s.folder.dir, partial(name))
-	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := s.folder.removePartials(name); err != nil {
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove what an earlier attempt left")
 	}
+	temp := filepath.Join(s.folder.dir, partial(name)+"-"+rand.Text())
 	image, err := vdisk.CreateVHD(temp, d.Size)
 	if err != nil {
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "make %s", name)
@@ -38,6 +44,22 @@ func (s *Sink) Disk(_ context.Context, d replica.DiskState) (replica.DiskSink, e
 	k := &disk{image: image, temp: temp, final: filepath.Join(s.folder.dir, name)}
 	s.open = append(s.open, k)
 	return k, nil
+}
+
+func (f *Folder) removePartials(name string) error {
+	entries, err := os.ReadDir(f.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), partial(name)) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(f.dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close closes what a failed Materialise left open.
@@ -65,9 +87,12 @@ func (k *disk) WriteAt(_ context.Context, p []byte, off int64) error {
 }
 
 // Finish makes the disk durable and gives it its name.
-func (k *disk) Finish(context.Context) error {
+func (k *disk) Finish(ctx context.Context) error {
 	err := errors.Join(k.image.Sync(), k.image.Close())
 	k.image = nil
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	if err == nil {
 		err = os.Rename(k.temp, k.final)
 	}
