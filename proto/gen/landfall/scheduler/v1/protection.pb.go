@@ -728,7 +728,9 @@ type ProtectedVm struct {
 	// Whether the pass or cycle in hand serves a resynchronisation.
 	Resynchronizing bool `protobuf:"varint,29,opt,name=resynchronizing,proto3" json:"resynchronizing,omitempty"`
 	// State to return to after a pause.
-	PausedFrom    v1.ProtectionState `protobuf:"varint,30,opt,name=paused_from,json=pausedFrom,proto3,enum=landfall.types.v1.ProtectionState" json:"paused_from,omitempty"`
+	PausedFrom v1.ProtectionState `protobuf:"varint,30,opt,name=paused_from,json=pausedFrom,proto3,enum=landfall.types.v1.ProtectionState" json:"paused_from,omitempty"`
+	// Whether protection is being ended without waiting for a host that does not answer.
+	ForceDisable  bool `protobuf:"varint,31,opt,name=force_disable,json=forceDisable,proto3" json:"force_disable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -971,6 +973,13 @@ func (x *ProtectedVm) GetPausedFrom() v1.ProtectionState {
 		return x.PausedFrom
 	}
 	return v1.ProtectionState(0)
+}
+
+func (x *ProtectedVm) GetForceDisable() bool {
+	if x != nil {
+		return x.ForceDisable
+	}
+	return false
 }
 
 // VmSummary is a machine with its protection.
@@ -2328,8 +2337,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vfull_passes\x18\x06 \x01(\x03R\n" +
 	"fullPasses\x12!\n" +
 	"\fdirty_passes\x18\a \x01(\x03R\vdirtyPasses\x12%\n" +
-	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xf6\n" +
-	"\n" +
+	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\x9b\v\n" +
 	"\vProtectedVm\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12\x12\n" +
@@ -2367,7 +2375,8 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x03rpo\x18\x1c \x01(\v2\x19.google.protobuf.DurationR\x03rpo\x12(\n" +
 	"\x0fresynchronizing\x18\x1d \x01(\bR\x0fresynchronizing\x12C\n" +
 	"\vpaused_from\x18\x1e \x01(\x0e2\".landfall.types.v1.ProtectionStateR\n" +
-	"pausedFrom\"{\n" +
+	"pausedFrom\x12#\n" +
+	"\rforce_disable\x18\x1f \x01(\bR\fforceDisable\"{\n" +
 	"\tVmSummary\x124\n" +
 	"\amachine\x18\x01 \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".landfall.types.v1.ProtectionStateR\x05state\"\x12\n" +

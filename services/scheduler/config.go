@@ -1,0 +1,86 @@
+package scheduler
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// AutoResync says whether a lost baseline is compared without being asked.
+type AutoResync string
+
+// The ways. A window in office-free hours comes with a later release.
+const (
+	AutoResyncOff       AutoResync = "off"
+	AutoResyncImmediate AutoResync = "immediate"
+)
+
+// Config is the scheduler's configuration.
+type Config struct {
+	// Instance names this process among schedulers; empty makes one up.
+	Instance string `koanf:"instance"`
+	// LeaseTTL is how long a dead active scheduler keeps a standby waiting.
+	LeaseTTL time.Duration `koanf:"lease_ttl"`
+	// Workers is how many VMs are reconciled at once.
+	Workers int `koanf:"workers"`
+	// CallTimeout bounds each call to a host.
+	CallTimeout time.Duration `koanf:"call_timeout"`
+	// StorageTimeout bounds each read of a chain.
+	StorageTimeout time.Duration `koanf:"storage_timeout"`
+	// Poll is how often storage is asked for a point or pass that no event announced.
+	Poll time.Duration `koanf:"poll"`
+	// Republish is how long a task may stay unconfirmed before it is put into its queue once more. Above the queue's
+	// window of deduplication (two minutes).
+	Republish time.Duration `koanf:"republish"`
+	// ShipTimeout is how long a cut point may wait for its commit before it is given up.
+	ShipTimeout time.Duration `koanf:"ship_timeout"`
+	// RetryUnit is the unit of the ladder 1, 2, 4, 8, 10, 30: a minute.
+	RetryUnit time.Duration `koanf:"retry_unit"`
+	// WindowBytes is how much of a disk one task of a full pass covers.
+	WindowBytes int64 `koanf:"window_bytes"`
+	// ChunkBytes is the chunk of a comparing pass.
+	ChunkBytes int64 `koanf:"chunk_bytes"`
+	// Resync is about lost baselines.
+	Resync ResyncConfig `koanf:"resync"`
+	// MetricVMs is how many VMs have gauges of their own; beyond it only the worst is reported.
+	MetricVMs int `koanf:"metric_vms"`
+}
+
+// ResyncConfig is about lost baselines.
+type ResyncConfig struct {
+	// Auto starts a resynchronisation by itself: "off" or "immediate".
+	Auto AutoResync `koanf:"auto"`
+}
+
+// Default is the configuration without any setting.
+func Default() Config {
+	return Config{
+		LeaseTTL: 10 * time.Second, Workers: 8, CallTimeout: 30 * time.Second, StorageTimeout: time.Minute,
+		Poll: 5 * time.Second, Republish: 5 * time.Minute, ShipTimeout: 4 * time.Hour, RetryUnit: time.Minute,
+		WindowBytes: 512 << 20, ChunkBytes: 64 << 10, Resync: ResyncConfig{Auto: AutoResyncOff}, MetricVMs: 200,
+	}
+}
+
+// Validate reports every problem, with the key.
+func (c Config) Validate() error {
+	var errs []error
+	bad := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
+	bad(c.LeaseTTL >= time.Second, "lease_ttl: %s is below 1s", c.LeaseTTL)
+	bad(c.Workers >= 1 && c.Workers <= 1024, "workers: %d is not in 1..1024", c.Workers)
+	bad(c.CallTimeout > 0, "call_timeout: must be positive")
+	bad(c.StorageTimeout > 0, "storage_timeout: must be positive")
+	bad(c.Poll > 0, "poll: must be positive")
+	bad(c.Republish > 0, "republish: must be positive")
+	bad(c.ShipTimeout > c.Republish, "ship_timeout: %s is not above republish (%s)", c.ShipTimeout, c.Republish)
+	bad(c.RetryUnit > 0, "retry_unit: must be positive")
+	bad(c.WindowBytes >= windowAlign, "window_bytes: %d is below 1 MiB", c.WindowBytes)
+	bad(c.ChunkBytes >= 4096 && c.ChunkBytes <= 1<<20 && c.ChunkBytes&(c.ChunkBytes-1) == 0,
+		"chunk_bytes: %d is not a power of two from 4096 to 1 MiB", c.ChunkBytes)
+	bad(c.Resync.Auto == AutoResyncOff || c.Resync.Auto == AutoResyncImmediate, "resync.auto: %q is not off or immediate", c.Resync.Auto)
+	bad(c.MetricVMs >= 0, "metric_vms: must not be negative")
+	return errors.Join(errs...)
+}

@@ -1,0 +1,131 @@
+package scheduler
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/errcat"
+	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
+	resyncenginev1 "github.com/landfall-dr/landfall/proto/gen/landfall/resyncengine/v1"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
+)
+
+// consume handles the facts of other services until ctx ends. Most of them only wake a VM up. A failure changes its
+// record, and is acknowledged after that.
+func (r *reconciler) consume(ctx context.Context) error {
+	err := r.bus.Subscribe(ctx, bus.Subscription{
+		Durable: "scheduler-facts", Concurrency: 8, RetryDelay: 200 * time.Millisecond, RetryDelayMax: 5 * time.Second,
+		Filters: []bus.Filter{
+			{Type: "recovery-point.received"}, {Type: "recovery-point.processed"}, {Type: "pass-task.shipped"}, {Type: "ship.failed"}, {Parked: true},
+		},
+	}, r.handle)
+	if err != nil {
+		return fmt.Errorf("follow the facts: %w", err)
+	}
+	return nil
+}
+
+func (r *reconciler) handle(ctx context.Context, e *bus.Received) error {
+	switch e.Type {
+	case "recovery-point.received":
+		var p eventsv1.RecoveryPointReceived
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.hint(p.GetVm(), func(h *hints) { h.pointReceived(&p) })
+	case "pass-task.shipped":
+		var p eventsv1.PassTaskShipped
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.hint(p.GetVm(), func(h *hints) { h.taskShipped(&p) })
+	case "recovery-point.processed":
+		var p eventsv1.RecoveryPointProcessed
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.processed(ctx, &p)
+	case "ship.failed":
+		var p eventsv1.ShipFailed
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.taskFailed(ctx, p.GetVm(), p.GetLineage(), p.GetOrdinal(), p.GetEpoch(), p.GetError())
+	case "parked." + string(bus.KindShip):
+		var t uploaderv1.ShipTask
+		d, err := decodeParked(e, &t)
+		if err != nil {
+			return err
+		}
+		return r.taskFailed(ctx, t.GetVm(), t.GetLineage(), max(t.GetPoint().GetOrdinal(), t.GetPass().GetOrdinal()), t.GetEpoch(), d)
+	case "parked." + string(bus.KindResync):
+		var t resyncenginev1.CompareTask
+		d, err := decodeParked(e, &t)
+		if err != nil {
+			return err
+		}
+		return r.taskFailed(ctx, t.GetVm(), t.GetLineage(), t.GetPass(), t.GetEpoch(), d)
+	}
+	return nil
+}
+
+// decodeParked reads the task that was given up, and why.
+func decodeParked(e *bus.Received, task proto.Message) (*typesv1.ErrorDetail, error) {
+	var p eventsv1.TaskParked
+	if err := e.Decode(&p); err != nil {
+		return nil, err
+	}
+	if err := proto.Unmarshal(p.GetTask(), task); err != nil {
+		return nil, bus.Permanent(fmt.Errorf("decode parked task: %w", err))
+	}
+	d := p.GetError()
+	if reasonOf(d) == typesv1.ErrorReason_ERROR_REASON_UNSPECIFIED {
+		d = &typesv1.ErrorDetail{
+			Reason: errcat.Code(typesv1.ErrorReason_ERROR_REASON_REDELIVERIES_EXHAUSTED),
+			What:   fmt.Sprintf("given up after %d deliveries: %s", p.GetDeliveries(), p.GetError().GetWhat()),
+		}
+	}
+	return d, nil
+}
+
+func (r *reconciler) hint(vm string, note func(*hints)) error {
+	key := keyOf(vm)
+	if key == "" {
+		return nil
+	}
+	note(&r.memoryOf(key).hints)
+	r.queue.add(key)
+	return nil
+}
+
+func (r *reconciler) processed(ctx context.Context, p *eventsv1.RecoveryPointProcessed) error {
+	key := keyOf(p.GetVm())
+	if key == "" {
+		return nil
+	}
+	return r.with(ctx, key, func(v *vmRun) error {
+		if v.rec.GetLineage() != p.GetLineage() || p.GetPoint() <= v.rec.GetProcessedPoint() {
+			return nil
+		}
+		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.ProcessedPoint = p.GetPoint() })
+	})
+}
+
+func (r *reconciler) taskFailed(ctx context.Context, vm, lineage string, ordinal, epoch uint64, d *typesv1.ErrorDetail) error {
+	key := keyOf(vm)
+	if key == "" {
+		return nil
+	}
+	return r.with(ctx, key, func(v *vmRun) error {
+		if v.rec.GetLineage() != lineage {
+			return nil
+		}
+		return v.taskFailed(ctx, ordinal, epoch, d)
+	})
+}

@@ -1,0 +1,138 @@
+package scheduler
+
+import (
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+// Reasons of health that are no errors of a call. They stand in ErrorDetail.reason.
+const (
+	HealthRPO            = "RPO_ABOVE_THRESHOLD"
+	HealthBehind         = "BEHIND_BY_MORE_THAN_AN_HOUR"
+	HealthMissedCycles   = "CYCLES_MISSED"
+	HealthPaused         = "REPLICATION_PAUSED"
+	HealthInitial        = "INITIAL_REPLICATION_UNFINISHED"
+	HealthResyncRequired = "RESYNC_REQUIRED"
+	HealthResyncing      = "RESYNCHRONIZING"
+	HealthCannotSend     = "REPLICATION_FAILING"
+	HealthError          = "REPLICATION_ERROR"
+	HealthNotReversed    = "FAILED_OVER_WITHOUT_REVERSE"
+	HealthEnableFailed   = "ENABLING_FAILED"
+)
+
+const (
+	behindLimit   = time.Hour
+	missedPercent = 20
+	// missedWindow is the span over which missed cycles are counted.
+	missedWindow = 12 * time.Hour
+)
+
+// Cycles counts what was due within the last 12 hours.
+type Cycles struct {
+	// Due is how many cycles were due, Missed how many of them did not run.
+	Due, Missed int64
+}
+
+// Assess computes health from the reasons that hold at now, the worst first; it is pure and never drives the state.
+func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, now time.Time) (typesv1.Health, []*typesv1.ErrorDetail) {
+	const (
+		warning  = typesv1.Health_HEALTH_WARNING
+		critical = typesv1.Health_HEALTH_CRITICAL
+	)
+	worst := typesv1.Health_HEALTH_NORMAL
+	var bad, odd []*typesv1.ErrorDetail
+	add := func(h typesv1.Health, reason, what, action string) {
+		d := &typesv1.ErrorDetail{Reason: reason, What: what, Action: action, Time: timestamppb.New(now)}
+		if h == critical {
+			bad = append(bad, d)
+		} else {
+			odd = append(odd, d)
+		}
+		worst = max(worst, h)
+	}
+	behind := false
+	switch vm.GetState() {
+	case Unprotected, Disabling, DisablingFailed, MigrationCompleted, EnablingProtection:
+		return typesv1.Health_HEALTH_NOT_APPLICABLE, nil
+	case EnablingFailed:
+		add(critical, HealthEnableFailed, what(vm, "protection could not be enabled"), "Resolve the findings of the job, then protect the VM again or end its protection.")
+	case ReadyForInitialReplication, InitialReplicating, FinalizingProtection:
+		add(warning, HealthInitial, "initial replication has not finished: the VM cannot be failed over yet", "Wait for it: `landfall jobs --watch`.")
+	case InitialReplicationPaused:
+		add(warning, HealthPaused, "initial replication is paused", "Run `landfall resume VM`.")
+	case InitialReplicationFailed:
+		add(critical, HealthError, what(vm, "initial replication stopped"), action(vm, "Resolve the cause, then run `landfall resume VM`."))
+	case Protected:
+		behind = true
+	case Paused:
+		add(warning, HealthPaused, "replication is paused", "Run `landfall resume VM`.")
+		behind = true
+	case ReplicationError:
+		add(critical, HealthError, what(vm, "replication stopped"), action(vm, "Resolve the cause, then run `landfall resume VM`."))
+	case ResyncRequired:
+		add(critical, HealthResyncRequired, "what changed since the last point is not known: "+resyncText(vm.GetResyncReason()), "Run `landfall resync VM`.")
+	case Resynchronizing:
+		add(warning, HealthResyncing, "source and target are being compared", "Wait for it: `landfall jobs --watch`.")
+	case ResyncPaused:
+		add(critical, HealthPaused, "resynchronisation is paused", "Run `landfall resume VM`.")
+	case FailedOver, Committed, FailedBack, AwaitingReverse:
+		add(warning, HealthNotReversed, "the VM is not protected in its present place", "Finish the failover and reverse replication.")
+	}
+	if behind {
+		rpo := RPO(vm, now)
+		switch {
+		case rpo > behindLimit:
+			add(critical, HealthBehind, fmt.Sprintf("the newest point is %s old", rpo.Round(time.Second)), "See the error below, or give replication more bandwidth.")
+		case rpo > AlertThreshold(p):
+			add(warning, HealthRPO, fmt.Sprintf("the newest point is %s old, the policy warns above %s", rpo.Round(time.Second), AlertThreshold(p)), "See `landfall events`; check bandwidth and churn.")
+		}
+		if recent.Due > 0 && recent.Missed*100 > recent.Due*missedPercent {
+			add(warning, HealthMissedCycles, fmt.Sprintf("%d of %d cycles were missed within %s", recent.Missed, recent.Due, missedWindow), "Lengthen the copy interval or give replication more bandwidth.")
+		}
+	}
+	if r := vm.GetRetry(); r.GetAttempt() > 0 && vm.GetState() != ReplicationError && vm.GetState() != InitialReplicationFailed && vm.GetState() != EnablingFailed {
+		h := warning
+		if r.GetAttempt() >= int32(len(rungs)) || now.Sub(r.GetFirstFailureTime().AsTime()) > behindLimit {
+			h = critical
+		}
+		add(h, HealthCannotSend, fmt.Sprintf("attempt %d failed: %s", r.GetAttempt(), r.GetError().GetWhat()), r.GetError().GetAction())
+	}
+	return worst, append(bad, odd...)
+}
+
+func what(vm *schedulerv1.ProtectedVm, text string) string {
+	if e := vm.GetRetry().GetError(); e != nil {
+		return text + ": " + e.GetWhat()
+	}
+	return text
+}
+
+func action(vm *schedulerv1.ProtectedVm, text string) string {
+	if a := vm.GetRetry().GetError().GetAction(); a != "" {
+		return a + " " + text
+	}
+	return text
+}
+
+var resyncTexts = map[typesv1.ResyncReason]string{
+	typesv1.ResyncReason_RESYNC_REASON_MANUAL:               "a person asked for it",
+	typesv1.ResyncReason_RESYNC_REASON_DISK_CHANGED_OFFLINE: "a disk changed while it was not tracked",
+	typesv1.ResyncReason_RESYNC_REASON_LOG_LIMIT:            "the change log reached its limit",
+	typesv1.ResyncReason_RESYNC_REASON_LOG_WRITE_FAILED:     "the change log could not be written",
+	typesv1.ResyncReason_RESYNC_REASON_TRACKING_BROKEN:      "the change log is damaged",
+	typesv1.ResyncReason_RESYNC_REASON_TRACKING_GAP:         "some time passed without tracking",
+	typesv1.ResyncReason_RESYNC_REASON_BASE_AHEAD:           "the host's base is newer than the journal",
+	typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST:      "the host does not know the protection any more",
+}
+
+func resyncText(r typesv1.ResyncReason) string {
+	if t, ok := resyncTexts[r]; ok {
+		return t
+	}
+	return "no reason was recorded"
+}
