@@ -33,20 +33,14 @@ type applied struct {
 }
 
 // apply brings the disks to the head of the chain and makes the checkpoint that the task wants. ErrBusy and
-// ErrLeaseLost: another applier is at work, the task must come again.
+// ErrLeaseLost: another applier is at work, the task must come again. One call at a time per lineage.
 func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask) (applied, error) {
 	l, err := a.replicas.lineage(ctx, t.GetLineage())
 	if err != nil {
 		return applied{}, err
 	}
-	select {
-	case l.turn <- struct{}{}:
-		defer func() { <-l.turn }()
-	case <-ctx.Done():
-		return applied{}, ctx.Err()
-	}
-	if seq := replica.Seq(t.GetSequence()); seq > 0 && l.last.seq >= seq && t.GetCheckpointAge() == nil {
-		return l.last, nil // an earlier task went further: this one was merged into it
+	if last := l.last.Load(); last != nil && t.GetSequence() > 0 && uint64(last.seq) >= t.GetSequence() && t.GetCheckpointAge() == nil {
+		return *last, nil // an earlier task went further: this one was merged into it
 	}
 	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
 		return applied{}, err
@@ -71,7 +65,7 @@ func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask) (applied, 
 	if err != nil {
 		return applied{}, err
 	}
-	l.last = out
+	l.last.Store(&out)
 	return out, nil
 }
 

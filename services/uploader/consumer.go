@@ -42,7 +42,11 @@ func (s *Service) handleShip(ctx context.Context, task *bus.Task) (err error) {
 	if err := decode(task, &t); err != nil {
 		return err
 	}
-	end := s.begin(describe(&t))
+	end, ok := s.begin(workOf(&t), describe(&t))
+	if !ok { // its own delivery is not acknowledged before it is done, so this one is not needed
+		s.logger.InfoContext(ctx, "the same task is in work here", "task", describe(&t))
+		return nil
+	}
 	started, outcome := s.clock(), outcomeLost
 	defer func() {
 		end()
@@ -107,13 +111,20 @@ func (s *Service) handleApply(ctx context.Context, task *bus.Task) (err error) {
 	if err := decode(task, &t); err != nil {
 		return err
 	}
-	end := s.begin("apply " + t.GetVm())
+	key := work{role: RoleApply, lineage: t.GetLineage()}
+	end, ok := s.beginApply(key, &t)
+	if !ok { // the worker in progress goes on to the head; its own delivery is not acknowledged before that
+		return nil
+	}
 	started, outcome := s.clock(), outcomeLost
 	defer func() {
 		end()
 		s.metrics.task(ctx, RoleApply, outcome, s.clock().Sub(started))
 	}()
 	done, err := s.applier.apply(ctx, &t)
+	for err == nil && s.again(key, &t) {
+		done, err = s.applier.apply(ctx, &t)
+	}
 	switch {
 	case ctx.Err() != nil, errors.Is(err, failpoint.ErrInjected):
 		return err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/replica"
@@ -26,10 +27,8 @@ type replicas struct {
 type lineage struct {
 	r    *replica.Replica
 	used int64
-	// turn is a lock of one slot that honours a context: one applier per lineage and process.
-	turn chan struct{}
-	// last is the newest result of an applier here; guarded by turn.
-	last applied
+	// last is the newest result of an applier here; nil before the first.
+	last atomic.Pointer[applied]
 }
 
 func newReplicas(store blobstore.Store) *replicas {
@@ -80,7 +79,7 @@ func (c *replicas) lineage(ctx context.Context, id string) (*lineage, error) {
 		}
 		delete(c.known, oldest)
 	}
-	l = &lineage{r: r, used: c.tick, turn: make(chan struct{}, 1)}
+	l = &lineage{r: r, used: c.tick}
 	c.known[key] = l
 	return l, nil
 }

@@ -81,8 +81,10 @@ func TestRedeliveryReadsNothingFromTheHost(t *testing.T) {
 
 func TestTwoUploadersOneTask(t *testing.T) {
 	s := newSite(t, memory(t))
-	run(t, s, config())
-	run(t, s, config())
+	c := config()
+	c.Ship.Concurrency = 1
+	run(t, s, c)
+	run(t, s, c)
 	replicate(t, s)
 	s.Host.Write("os", 0, random(100<<10, 5))
 	var open atomic.Int32
@@ -112,7 +114,10 @@ func TestTwoUploadersOneTask(t *testing.T) {
 // The second worker is told POINT_SETTLED by the host, because the first one's commit was settled meanwhile: success.
 func TestLoserOfASettledPointSucceeds(t *testing.T) {
 	s := newSite(t, memory(t))
-	run(t, s, config())
+	c := config()
+	c.Ship.Concurrency = 1
+	run(t, s, c)
+	run(t, s, c)
 	replicate(t, s)
 	s.Host.Write("os", 0, random(100<<10, 5))
 	task := s.PointTask(3, s.Host.Cut(3), 1, point)
@@ -397,6 +402,42 @@ func TestApplyWaitsForAnotherApplier(t *testing.T) {
 	hosttest.Await(s, "recovery-point.processed", processed, func(e *eventsv1.RecoveryPointProcessed) bool { return e.GetPoint() == 3 })
 	s.RequireReplicaDisks(3)
 	requireNoFailure(t, s)
+}
+
+// Apply tasks that come while their VM is worked on are merged into that work.
+func TestApplyTasksAreMerged(t *testing.T) {
+	s := newSite(t, memory(t))
+	service, _ := run(t, s, config())
+	replicate(t, s)
+	held, free := make(chan struct{}), make(chan struct{})
+	var n atomic.Int32
+	defer failpoint.ArmFunc("uploader/after-page-write", func() error {
+		if n.Add(1) == 1 {
+			close(held)
+			<-free
+		}
+		return nil
+	})()
+	apply := &uploaderv1.ApplyTask{Vm: hosttest.VMName, Lineage: hosttest.Lineage, Sequence: 7}
+	s.Publish(bus.KindApply, apply)
+	await(t, held)
+	for o := uint64(3); o < 8; o++ {
+		s.Host.Write("os", 0, random(4096, o))
+		ship(t, s, o, point)
+		s.Publish(bus.KindApply, apply)
+	}
+	testkit.Eventually(t, 10*time.Second, func() bool {
+		left, err := s.Bus.Backlog(testkit.Context(t), bus.KindApply, hosttest.SiteID)
+		return err == nil && left == 1
+	}, "the others are acknowledged")
+	status, err := service.GetStatus(testkit.Context(t), &uploaderv1.GetStatusRequest{})
+	require.NoError(t, err)
+	require.Equal(t, []string{"apply " + hosttest.VMName}, status.GetActiveTasks())
+	close(free)
+	awaitIdle(t, s, bus.KindApply)
+	hosttest.Await(s, "recovery-point.processed", processed, func(e *eventsv1.RecoveryPointProcessed) bool { return e.GetPoint() == 7 })
+	s.RequireReplicaDisks(7)
+	require.EqualValues(t, 2, n.Load())
 }
 
 func TestCheckpointsFollowTheirAge(t *testing.T) {

@@ -48,8 +48,7 @@ type Service struct {
 	clock   func() time.Time
 
 	mu     sync.Mutex
-	tasks  int64
-	active map[int64]string
+	active map[work]*active
 }
 
 // New builds an uploader; Run starts it.
@@ -79,7 +78,7 @@ func New(config Config, deps Deps) (*Service, error) {
 	}
 	known := newReplicas(deps.Store)
 	return &Service{
-		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[int64]string{},
+		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]*active{},
 		shipper: &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, metrics: m, logger: deps.Logger},
 		applier: &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
 	}, nil
