@@ -214,7 +214,7 @@ func TestFailuresOfTheDisk(t *testing.T) {
 // A request that takes long holds up no other, and only so many are taken at once.
 func TestRequestsRunConcurrentlyWithinBounds(t *testing.T) {
 	const asked = 100
-	d := newSparseDisk(64 * mib)
+	d := newSparseDisk(MaxRequest + mib)
 	var running, peak atomic.Int64
 	open := make(chan struct{})
 	d.gate = func(what string, r extent.Range) error {
@@ -287,7 +287,7 @@ func TestBadClients(t *testing.T) {
 		"leaves in a request":       {true, wireRequest(cmdWrite, 0, 1, 0, 4096)[:9], true},
 		"leaves in a payload":       {true, append(wireRequest(cmdWrite, 0, 1, 0, 65536), make([]byte, 1000)...), true},
 		"leaves in refused payload": {true, append(wireRequest(cmdWrite, 0, 1, mib, 65536), make([]byte, 1000)...), true},
-		"leaves with reads open":    {true, bytes.Repeat(wireRequest(cmdRead, 0, 1, 0, mib), 200), true},
+		"leaves with reads open":    {true, bytes.Repeat(wireRequest(cmdRead, 0, 1, 0, mib), 80), true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := h.peer(t)
@@ -336,7 +336,7 @@ func TestLimits(t *testing.T) {
 
 // The end of the server answers what was asked, and does not wait for a client that takes no replies.
 func TestStop(t *testing.T) {
-	d := newSparseDisk(64 * mib)
+	d := newSparseDisk(MaxRequest)
 	d.held.Add(extent.Range{Len: d.Size()})
 	entered, open := make(chan struct{}), make(chan struct{})
 	d.gate = func(what string, _ extent.Range) error {
@@ -349,7 +349,7 @@ func TestStop(t *testing.T) {
 	h := serveDisks(t, diskSet{"vm/os": d}, func(l *limits) { l.drain = 200 * time.Millisecond })
 	deaf := h.peer(t)
 	deaf.begin("vm/os", false)
-	for i := range uint64(4) {
+	for i := range uint64(2) {
 		deaf.send(wireRequest(cmdRead, 0, i, 0, MaxRequest))
 	}
 	p := h.peer(t)
