@@ -180,7 +180,7 @@ func TestOpenRefusesBadImages(t *testing.T) {
 			for _, readOnly := range []bool{true, false} {
 				_, err := Open(path, tc.format, readOnly)
 				for _, v := range verdicts {
-					require.Equal(t, v == tc.want, errors.Is(err, v), "%v / %v", err, v)
+					require.Equal(t, errors.Is(v, tc.want), errors.Is(err, v), "%v / %v", err, v)
 				}
 			}
 		})

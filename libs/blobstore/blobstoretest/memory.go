@@ -207,7 +207,7 @@ func (h memHandle) Put(ctx context.Context, name string, body io.ReadSeeker, siz
 	if err := ctx.Err(); err == nil { // a cancelled put must not consume the body
 		data = make([]byte, size)
 		if n, err := io.ReadFull(body, data); err != nil {
-			return fail(fmt.Errorf("%w: body ended after %d of %d bytes: %v", blobstore.ErrInvalid, n, size, err))
+			return fail(fmt.Errorf("%w: body ended after %d of %d bytes: %w", blobstore.ErrInvalid, n, size, err))
 		}
 	}
 	c, err := h.enter(ctx, "put", name)

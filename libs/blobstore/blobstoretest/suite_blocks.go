@@ -88,7 +88,7 @@ func testPutGet(e *env) {
 	require.Equal(e, "0123456789", e.get("a/b", 0, -1))
 	require.Equal(e, "3456", e.get("a/b", 3, 4))
 	require.Equal(e, "89", e.get("a/b", 8, 100))
-	require.Equal(e, "", e.get("a/b", 5, 0))
+	require.Empty(e, e.get("a/b", 5, 0))
 	r, gp, err := e.c.Get(e.ctx, "a/b", 2, 1)
 	require.NoError(e, err)
 	require.Equal(e, p, gp, "properties are of the whole blob")
@@ -99,7 +99,7 @@ func testPutGet(e *env) {
 	}
 
 	e.mustPut("empty", "")
-	require.Equal(e, "", e.get("empty", 0, -1))
+	require.Empty(e, e.get("empty", 0, -1))
 	require.Zero(e, e.stat("empty").Size)
 
 	body := bytes.NewReader([]byte("skip this|payload"))
@@ -112,7 +112,7 @@ func testPutGet(e *env) {
 	big := bytes.Repeat(page("big", 1), 3<<20/512+1)
 	_, err = e.c.Put(e.ctx, "big", bytes.NewReader(big), int64(len(big)), blobstore.Conditions{})
 	require.NoError(e, err)
-	require.True(e, string(big) == e.get("big", 0, -1))
+	require.Equal(e, string(big), e.get("big", 0, -1))
 
 	_, _, err = e.c.Get(e.ctx, "none", 0, -1)
 	e.is(err, blobstore.ErrNotFound)
@@ -233,7 +233,7 @@ func testConditionalRace(e *env) {
 			_, err := e.put("fate", "y", blobstore.Conditions{IfMatch: p.ETag})
 			return err
 		})
-		require.True(e, (errs[0] == nil) != (errs[1] == nil), "delete: %v, put: %v", errs[0], errs[1])
+		require.NotEqual(e, errs[0] == nil, errs[1] == nil, "delete: %v, put: %v", errs[0], errs[1])
 	}
 }
 

@@ -140,7 +140,7 @@ func failed(findings []*hostproviderv1.Finding) bool {
 
 // flatten lists the errors of an errors.Join.
 func flatten(err error) []error {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // looks at the outermost error only
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
 		return joined.Unwrap()
 	}
 	return []error{err}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
@@ -87,7 +88,7 @@ func (d *Driver) Refresh(ctx context.Context) error {
 			Vm: machine.Id, StateDir: filepath.Join(folder, stateFolder), Disks: machine.Disks,
 		})
 		if err != nil {
-			problems = append(problems, finding("attach", errcat.Reason(err), fmt.Sprintf("%s: %v", folder, err), "see the reason"))
+			problems = append(problems, finding("attach", errcat.Reason(err), fmt.Sprintf("%s: %v", folder, err), errcat.Detail(err, time.Time{}).Action))
 			if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE) || ctx.Err() != nil {
 				return fmt.Errorf("attach %s: %w", machine.DisplayName, err)
 			}
@@ -170,7 +171,7 @@ func tracked(ctx context.Context, tracker changetrackerv1.ChangeTrackerServiceCl
 	if err == nil || errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_TRACKING_NOT_STARTED) {
 		return nil
 	}
-	return []*hostproviderv1.Finding{finding("change-tracker", errcat.Reason(err), fmt.Sprintf("%s: %v", m.DisplayName, err), "see the reason")}
+	return []*hostproviderv1.Finding{finding("change-tracker", errcat.Reason(err), fmt.Sprintf("%s: %v", m.DisplayName, err), errcat.Detail(err, time.Time{}).Action)}
 }
 
 // names says whether a machine folder answers to vm, also when its definition cannot be read.
