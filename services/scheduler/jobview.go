@@ -72,6 +72,9 @@ func (w jobWriter) step(s *typesv1.JobStep, state typesv1.JobState) {
 		s.StartTime = w.now
 	}
 	s.EndTime = nil
+	if state == jobSucceeded {
+		s.Detail = "" // what it did last is no result
+	}
 	if state == jobSucceeded || state == jobFailed || state == jobCancelled {
 		s.EndTime = w.now
 	}
