@@ -122,7 +122,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND: {
 		Code:   codes.NotFound,
 		Cause:  "The failover's id is wrong, or it was cleaned up.",
-		Action: "List failovers with `landfall jobs`.",
+		Action: "List failovers with `landfall failover list`.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED: {
 		Code:   codes.FailedPrecondition,

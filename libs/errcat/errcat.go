@@ -177,7 +177,9 @@ func Explain(err error) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "what happened: %s\n", err)
 	for _, f := range e.Fields {
-		fmt.Fprintf(&b, "               %s: %s\n", f.Path, f.Message)
+		if !strings.Contains(err.Error(), f.Message) { // the sentence may be made of them
+			fmt.Fprintf(&b, "               %s: %s\n", f.Path, f.Message)
+		}
 	}
 	cause, action := e.advise()
 	fmt.Fprintf(&b, "reason:        %s\n", e.label())
