@@ -72,6 +72,9 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) { return d.img.ReadAt(p,
 // Allocated returns the parts of r that may hold something other than zero.
 func (d *disk) Allocated(r extent.Range) (*extent.Set, error) { return d.img.Allocated(r) }
 
+// FastZero reports whether zeroing costs less than writing zeros.
+func (d *disk) FastZero() bool { return punchesHoles }
+
 // Flush makes every write that returned before durable.
 func (d *disk) Flush() error {
 	t := d.table.Load()

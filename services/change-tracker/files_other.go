@@ -29,3 +29,6 @@ func identity(path string) (string, error) {
 	}
 	return filepath.Abs(real)
 }
+
+// punchesHoles: zeroing a range may cost a write of zeros.
+const punchesHoles = false
