@@ -97,7 +97,7 @@ Then:        landfall vms                  (what can be protected)
 	root.AddCommand(
 		a.upCommand(), a.hostsCommand(), a.vmsCommand(), a.protectCommand(), a.unprotectCommand(), a.statusCommand(),
 		a.pointsCommand(), a.pauseCommand(), a.resumeCommand(), a.resyncCommand(), a.failoverCommand(), a.policyCommand(),
-		a.jobsCommand(), a.eventsCommand(), a.hrlCommand(), a.diskCommand(), a.versionCommand(),
+		a.jobsCommand(), a.eventsCommand(), a.hrlCommand(), a.diskCommand(), a.certificatesCommand(), a.versionCommand(),
 	)
 	wrapArgs(root)
 	return root
