@@ -255,6 +255,18 @@ func (v *vmRun) stop(ctx context.Context, cause error) (next, error) {
 	})
 }
 
+// hostForgot tells a host that lost its state from one that works for somebody else.
+func (v *vmRun) hostForgot(ctx context.Context, cause error) bool {
+	if !errcat.Is(cause, typesv1.ErrorReason_ERROR_REASON_LINEAGE_MISMATCH) {
+		return false
+	}
+	status, err := v.tracking(ctx)
+	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_TRACKING_NOT_STARTED) {
+		return true
+	}
+	return err == nil && !status.GetTracking()
+}
+
 // loseBaseline asks the host why, and goes to ResyncRequired.
 func (v *vmRun) loseBaseline(ctx context.Context, cause error) (next, error) {
 	reason := resyncReasons[errcat.Reason(cause)]

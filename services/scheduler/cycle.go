@@ -114,7 +114,7 @@ func (v *vmRun) beginCycle(ctx context.Context) (next, error) {
 
 // cycle carries the cycle in hand one step further.
 func (v *vmRun) cycle(ctx context.Context) (next, error) {
-	if v.rec.GetState() == Protected {
+	if v.rec.GetState() == Protected && v.rec.GetNextCycleTime() != nil {
 		interval := v.policy.GetCopyInterval().AsDuration()
 		if n, due := missed(v.rec.GetNextCycleTime().AsTime(), v.now(), interval); n > 0 {
 			err := v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
@@ -187,7 +187,7 @@ func (v *vmRun) cutOnHost(ctx context.Context, c *schedulerv1.Cycle) (*hostprovi
 // second task of the same id; a task that was lost, or that nobody confirmed in time, comes again under another.
 func (v *vmRun) awaitPoint(ctx context.Context) (next, error) {
 	c, now := v.rec.GetCycle(), v.now()
-	if v.m.published != c.GetPoint() || now.Sub(v.m.publishedAt) >= v.cfg.Republish {
+	if v.m.published != c.GetPoint() || v.lost(ctx, bus.KindShip, now.Sub(v.m.publishedAt)) {
 		if v.m.published == c.GetPoint() {
 			v.m.attempt++
 		} else {
@@ -225,7 +225,7 @@ func (v *vmRun) awaitPoint(ctx context.Context) (next, error) {
 // waitInCycle is until the next look at storage, or until the next cycle falls due, to be counted as missed.
 func (v *vmRun) waitInCycle(now time.Time) next {
 	wait := v.m.nextPoll.Sub(now)
-	if v.rec.GetState() == Protected {
+	if v.rec.GetState() == Protected && v.rec.GetNextCycleTime() != nil {
 		wait = min(wait, v.rec.GetNextCycleTime().AsTime().Sub(now))
 	}
 	return later(wait)
@@ -315,7 +315,7 @@ func (v *vmRun) settleCommitted(ctx context.Context) (next, error) {
 		rec.Counters.ShippedBytes += stored
 		rec.Counters.ChangedBytes += changed
 		rec.Cycle, rec.Retry, rec.Resynchronizing = nil, nil, false
-		if interval := v.policy.GetCopyInterval().AsDuration(); v.now().Sub(c.GetCutTime().AsTime()) >= interval {
+		if interval := v.policy.GetCopyInterval().AsDuration(); v.rec.GetState() != Protected || v.now().Sub(c.GetCutTime().AsTime()) >= interval {
 			rec.NextCycleTime = stamp(v) // late already: the next one starts at once
 		}
 	}
@@ -395,7 +395,7 @@ func (v *vmRun) giveUp(ctx context.Context, cause error) (next, error) {
 	}
 	c, now := v.rec.GetCycle(), v.now()
 	class := Classify(errcat.Reason(cause))
-	if class == ClassResync {
+	if class == ClassResync || v.hostForgot(ctx, cause) {
 		return v.loseBaseline(ctx, cause)
 	}
 	v.m.reconciled = false

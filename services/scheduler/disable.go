@@ -122,15 +122,15 @@ func (v *vmRun) writeDisableJob(ctx context.Context, at int, state typesv1.JobSt
 	}
 	job, rev, err := v.jobs.kv.Mutate(ctx, bus.Key(lastPart(v.rec.GetCurrentJob())), func(j *typesv1.Job) error {
 		w := jobWriter{job: j, now: timestamppb.New(v.now().Truncate(time.Millisecond))}
-		for i, text := range []string{stopped, closed} {
-			if i < len(j.GetSteps()) && text != "" {
-				j.Steps[i].Detail = text
-			}
-		}
 		if at >= 2 {
 			w.done()
 		} else {
 			w.at(at, state, "", nil)
+		}
+		for i, text := range []string{stopped, closed} { // results, which stay
+			if i < len(j.GetSteps()) && text != "" {
+				j.Steps[i].Detail = text
+			}
 		}
 		return nil
 	})

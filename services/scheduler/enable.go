@@ -93,8 +93,8 @@ func findingsError(vm string, findings []*hostproviderv1.Finding) error {
 // enableFailed climbs the ladder for what may pass by itself, and ends in EnablingFailed for the rest, with nothing left
 // on the host.
 func (v *vmRun) enableFailed(ctx context.Context, cause error) (next, error) {
-	if c := Classify(errcat.Reason(errcat.FromError(cause))); c == ClassRecoverable {
-		return v.climb(ctx, cause)
+	if c := Classify(errcat.Reason(errcat.FromError(cause))); c == ClassRecoverable && int(v.rec.GetRetry().GetAttempt()) < len(rungs) {
+		return v.climb(ctx, cause) // the whole ladder once; nobody waits for ever for a protection that does not begin
 	}
 	if host, err := v.hostClient(ctx); err == nil {
 		rctx, cancel := v.call(ctx)

@@ -119,7 +119,11 @@ func (b *jobBook) cancel(ctx context.Context, name, why string) error {
 	return err
 }
 
-// sweep ends jobs of this service that no record holds any more: a kill fell between two writes.
+// jobAge is how long an ended job is kept.
+const jobAge = 30 * 24 * time.Hour
+
+// sweep ends jobs of this service that no record holds any more, because a kill fell between two writes, and deletes its
+// old ones.
 func (b *jobBook) sweep(ctx context.Context, held map[string]bool) error {
 	all, err := b.kv.List(ctx, "")
 	if err != nil {
@@ -127,6 +131,12 @@ func (b *jobBook) sweep(ctx context.Context, held map[string]bool) error {
 	}
 	for _, e := range all {
 		j := e.Value
+		if j.GetOwner() == serviceName && jobEnded(j) && b.now().Sub(j.GetEndTime().AsTime()) > jobAge {
+			if err := b.kv.Delete(ctx, e.Key, e.Revision); err != nil && !errors.Is(err, bus.ErrRevision) {
+				return err
+			}
+			continue
+		}
 		if j.GetOwner() != serviceName || jobEnded(j) || held[j.GetName()] || b.now().Sub(j.GetCreateTime().AsTime()) < time.Minute {
 			continue
 		}

@@ -78,9 +78,13 @@ func (v *vmRun) openPass(ctx context.Context) (next, error) {
 			total += d.GetSizeBytes()
 		}
 	}
+	base := uint64(0) // a full or comparing pass stands on nothing
+	if p.GetScope() == typesv1.PassScope_PASS_SCOPE_DIRTY {
+		base = host.GetBase()
+	}
 	return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
 		rec.Pass.Phase, rec.Pass.PhaseTime = schedulerv1.PassPhase_PASS_PHASE_SHIPPING, stamp(v)
-		rec.Pass.Windows, rec.Pass.TotalBytes, rec.Pass.Base = windows, total, host.GetBase()
+		rec.Pass.Windows, rec.Pass.TotalBytes, rec.Pass.Base = windows, total, base
 	})
 }
 
@@ -160,13 +164,17 @@ func (v *vmRun) publishWindows(ctx context.Context, now time.Time) (next, error)
 	if limit <= 0 {
 		limit = defaultParallel
 	}
+	kind := bus.KindShip
+	if v.rec.GetPass().GetScope() == typesv1.PassScope_PASS_SCOPE_COMPARE {
+		kind = bus.KindResync
+	}
 	var due []int
 	out := 0
 	for i, w := range v.rec.GetPass().GetWindows() {
 		if w.GetCommitted() {
 			continue
 		}
-		if t := w.GetPublishTime(); t != nil && now.Sub(t.AsTime()) < v.cfg.Republish {
+		if t := w.GetPublishTime(); t != nil && !v.lost(ctx, kind, now.Sub(t.AsTime())) {
 			out++
 			continue
 		}
@@ -189,6 +197,23 @@ func (v *vmRun) publishWindows(ctx context.Context, now time.Time) (next, error)
 		return next{}, err
 	}
 	return next{}, v.publishTasks(ctx, due)
+}
+
+// lost says whether a task that was put into its queue so long ago has to be put there again. A worker may take very
+// long; while the queue still holds tasks, ours may be among them, and a second copy would be shipped twice.
+func (v *vmRun) lost(ctx context.Context, kind bus.Kind, age time.Duration) bool {
+	if age < v.cfg.Republish || age < v.cfg.ShipTimeout && v.backlog(ctx, kind) {
+		return false
+	}
+	return true
+}
+
+// backlog reports whether the queue holds tasks, in work or waiting. Not knowing counts as yes.
+func (v *vmRun) backlog(ctx context.Context, kind bus.Kind) bool {
+	ctx, cancel := v.call(ctx)
+	defer cancel()
+	n, err := v.bus.Backlog(ctx, kind, v.site())
+	return err != nil || n > 0
 }
 
 // republishPass repeats, under the same ids, the tasks that the record says are out: the process that wrote them down may
@@ -268,10 +293,14 @@ func (v *vmRun) settlePass(ctx context.Context) (next, error) {
 	if err := failpoint.Hit(fpAfterSettle); err != nil {
 		return next{}, err
 	}
-	if err := v.publishApply(ctx, uint64(progress.Last), "pass", p.GetOrdinal()); err != nil {
+	actx, span := v.span(ctx, p.GetTraceparent(), spanPublish)
+	err = v.publishApply(actx, uint64(progress.Last), "pass", p.GetOrdinal())
+	endSpan(span, err)
+	if err != nil {
 		return next{}, err
 	}
 	err = v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+		rec.Counters.ShippedBytes += progress.Bytes
 		switch p.GetScope() {
 		case typesv1.PassScope_PASS_SCOPE_FULL:
 			rec.Counters.FullPasses++

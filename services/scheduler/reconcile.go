@@ -69,7 +69,8 @@ type reconciler struct {
 
 // memory is what is known of one VM beyond its record. All of it can be lost at any time.
 type memory struct {
-	mu sync.Mutex // held while the VM is worked on
+	mu      sync.Mutex // held while the VM is worked on
+	lineage string     // that everything below is about
 
 	// reconciled: record, host and chain were compared in this term and since the last surprise; status is what the
 	// host said last.
@@ -94,6 +95,14 @@ type memory struct {
 	job    *typesv1.Job
 	jobRev uint64
 	jobAt  time.Time
+}
+
+// restart forgets everything but what events said.
+func (m *memory) restart(lineage string) {
+	m.endRoot(nil)
+	m.lineage, m.reconciled, m.adoptedEpoch, m.status, m.chain = lineage, false, 0, nil, nil
+	m.cutHere, m.published, m.publishedAt, m.attempt, m.nextPoll, m.quiet = 0, 0, time.Time{}, 0, time.Time{}, 0
+	m.cycles, m.job, m.jobRev, m.jobAt = cycleLog{}, nil, 0, time.Time{}
 }
 
 // next says when a VM wants to be looked at again.
@@ -235,6 +244,9 @@ func (r *reconciler) load(ctx context.Context, key string, m *memory) (*vmRun, e
 	rec, rev, err := r.store.vms.Get(ctx, key)
 	if err != nil {
 		return nil, err
+	}
+	if m.lineage != rec.GetLineage() { // another protection of the same VM: nothing of the old one holds
+		m.restart(rec.GetLineage())
 	}
 	v := &vmRun{reconciler: r, key: key, m: m, rec: rec, rev: rev}
 	v.policy, err = r.store.policy(ctx, rec.GetPolicy())

@@ -165,6 +165,7 @@ func (s *Service) term(ctx context.Context) error {
 	}
 	group.Go(func() error { return r.watch(ctx) })
 	group.Go(func() error { return r.watchPolicies(ctx) })
+	group.Go(func() error { return r.janitor(ctx) })
 	group.Go(func() error { return r.consume(ctx) })
 	err := group.Wait()
 	for _, m := range r.mem {
@@ -178,27 +179,45 @@ func (s *Service) term(ctx context.Context) error {
 
 // watch wakes up VMs whose records somebody else changed; at its start, all.
 func (r *reconciler) watch(ctx context.Context) error {
-	held := map[string]bool{}
 	for u, err := range r.store.vms.Watch(ctx, "") {
 		if err != nil {
 			return fmt.Errorf("watch the records: %w", err)
 		}
 		switch u.Kind {
 		case bus.Put:
-			if held != nil {
-				held[u.Value.GetCurrentJob()] = true
-			}
 			r.changed(u.Key, u.Revision)
 		case bus.Deleted:
 			r.changed(u.Key, 0)
-		case bus.Current:
-			if err := r.jobs.sweep(ctx, held); err != nil {
-				return fmt.Errorf("sweep jobs: %w", err)
-			}
-			held = nil
 		}
 	}
 	return nil
+}
+
+// sweepEvery is how often jobs are looked through.
+const sweepEvery = time.Hour
+
+// janitor sweeps the jobs, now and every hour.
+func (r *reconciler) janitor(ctx context.Context) error {
+	tick := time.NewTicker(sweepEvery)
+	defer tick.Stop()
+	for {
+		held := map[string]bool{}
+		all, err := r.store.vms.List(ctx, "")
+		if err == nil {
+			for _, e := range all {
+				held[e.Value.GetCurrentJob()] = true
+			}
+			err = r.jobs.sweep(ctx, held)
+		}
+		if err != nil && ctx.Err() == nil {
+			r.log.WarnContext(ctx, "jobs not swept", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }
 
 // watchPolicies wakes up the VMs of a policy that changed.

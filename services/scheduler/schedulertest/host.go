@@ -328,3 +328,10 @@ func (h *Host) settle(ordinal uint64, outcome typesv1.SettleOutcome) error {
 	}
 	return nil
 }
+
+// RaiseEpoch makes the host refuse lower epochs, as after a scheduler that had seen more.
+func (h *Host) RaiseEpoch(epoch uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.epoch = epoch
+}
