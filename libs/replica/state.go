@@ -64,6 +64,7 @@ type passState struct {
 	have  []Seq // by task-1; 0 is not there
 	count uint32
 	last  Seq
+	bytes int64 // stored bytes of its segments
 	void  bool // a rewind stands above some of its partials
 }
 
@@ -97,6 +98,8 @@ type PassProgress struct {
 	Missing []uint32
 	// Last is the newest manifest of the pass.
 	Last Seq
+	// Bytes is what the segments of its tasks in the chain take in storage.
+	Bytes int64
 }
 
 // Closed reports whether a close stands above everything: the lineage is fenced.
@@ -130,7 +133,7 @@ func (s *State) Pass(o Ordinal) (PassProgress, bool) {
 	if !ok {
 		return PassProgress{}, false
 	}
-	out := PassProgress{Ordinal: o, K: p.k, Done: p.count, Complete: p.complete(), Last: p.last}
+	out := PassProgress{Ordinal: o, K: p.k, Done: p.count, Complete: p.complete(), Last: p.last, Bytes: p.bytes}
 	for i := uint32(1); i <= p.k; i++ {
 		if p.seqOf(i) == 0 {
 			out.Missing = append(out.Missing, i)
@@ -301,6 +304,11 @@ func (s *State) nextPartial(m *Manifest, b *bugs) {
 	}
 	p.set(m.Pass.I, m.Seq)
 	p.last = m.Seq
+	for _, d := range m.Disks {
+		for _, segment := range d.Segments {
+			p.bytes += segment.Bytes
+		}
+	}
 	s.Running = true
 	if b.HalfPass {
 		p.count = p.k
