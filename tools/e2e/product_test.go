@@ -195,12 +195,8 @@ func (p *product) killAll() {
 
 // dial makes the clients of the public API.
 func (p *product) dial() error {
-	raw, err := os.ReadFile(filepath.Join(p.state, cli.ClientFile))
-	if err != nil {
-		return err
-	}
 	var c cli.ClientConfig
-	if err := yaml.Unmarshal(raw, &c); err != nil {
+	if err := readYAML(filepath.Join(p.state, cli.ClientFile), &c); err != nil {
 		return err
 	}
 	if !filepath.IsAbs(c.Certificates) {
@@ -217,6 +213,14 @@ func (p *product) dial() error {
 	}
 	p.dialer, p.api, p.jobs = dialer, schedulerv1.NewProtectionServiceClient(conn), schedulerv1.NewJobServiceClient(conn)
 	return nil
+}
+
+func readYAML(path string, out any) error {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	return yaml.Unmarshal(raw, out)
 }
 
 // wait polls until f returns nil. It fails the test at the timeout, and at once when a program ended by itself.
