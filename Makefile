@@ -63,7 +63,7 @@ lint: verify-format verify-proto verify-tidy $(TOOLS)/golangci-lint ## Run the l
 generate: fix-generate ## Generate Go from proto, and the pages made from tables
 
 .PHONY: fix-generate
-fix-generate: proto-tools
+fix-generate: proto-tools ## Generate Go from proto
 	rm -rf proto/gen/landfall
 	$(TOOLS)/buf generate
 	cd proto && gofmt -w gen
@@ -109,7 +109,7 @@ ci: lint verify-generate build-windows test ## What .ci/run does after installin
 # --- pinned tools, built from their Go modules into .tools/bin
 
 .PHONY: proto-tools
-proto-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc
+proto-tools: $(TOOLS)/buf $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## Build the pinned proto tools
 
 $(TOOLS)/buf:
 	GOWORK=off GOBIN=$(TOOLS) go install github.com/bufbuild/buf/cmd/buf@$(BUF_VERSION)
