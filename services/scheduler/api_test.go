@@ -37,6 +37,7 @@ func refused(t *testing.T, err error, reason typesv1.ErrorReason, words ...strin
 }
 
 func TestBadInputIsRefusedClearly(t *testing.T) {
+	t.Parallel()
 	twin := schedulertest.NewHost(schedulertest.Site, "host2", "6f1c2d3e-0000-4000-8000-00000000000b", "db01")
 	l := newLab(t, schedulertest.NewHost(schedulertest.Site, "host1", guid, "web01"), twin)
 	l.start(quick())
@@ -108,6 +109,7 @@ func TestBadInputIsRefusedClearly(t *testing.T) {
 
 // A second host that claims a protected VM id is refused.
 func TestSecondHostIsRefused(t *testing.T) {
+	t.Parallel()
 	first := schedulertest.NewHost(schedulertest.Site, "host1", guid, "web01")
 	clone := schedulertest.NewHost(schedulertest.Site, "host2", guid, "web01-copy")
 	l := newLab(t, first, clone)
@@ -122,6 +124,7 @@ func TestSecondHostIsRefused(t *testing.T) {
 }
 
 func TestPolicies(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	ctx := testkit.Context(t)
@@ -165,6 +168,7 @@ func TestPolicies(t *testing.T) {
 
 // Initial replication waits for the policy's start time, or for somebody to start it.
 func TestStartTime(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	ctx := testkit.Context(t)
@@ -184,6 +188,7 @@ func TestStartTime(t *testing.T) {
 
 // Pause stops cycles, the tracker goes on, resume catches up with what was written meanwhile.
 func TestPauseAndResume(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.host.Write(block("os", 1))
 	l.start(quick())
@@ -210,6 +215,7 @@ func TestPauseAndResume(t *testing.T) {
 
 // An enable that cannot succeed ends in EnablingFailed with nothing left on the host; it can be tried again.
 func TestEnablingFails(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.host.Fail(func(method string) error {
 		if method == "CreateReplicationRelationship" {
@@ -235,6 +241,7 @@ func TestEnablingFails(t *testing.T) {
 
 // Watches show the record, the job and the events as they change.
 func TestWatches(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	ctx, cancel := context.WithCancel(testkit.Context(t))
@@ -285,6 +292,7 @@ func TestWatches(t *testing.T) {
 
 // People need a role.
 func TestRoles(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	conn, err := l.Dialer(pki.UserIdentity("eve", pki.RoleViewer)).Conn("mem:scheduler")
@@ -298,6 +306,7 @@ func TestRoles(t *testing.T) {
 
 // One trace per cycle: the cut, the publishing and the settle are its children, on both sides of the wire.
 func TestOneTracePerCycle(t *testing.T) {
+	t.Parallel()
 	spans := testkit.NewSpans(t)
 	l := tracedLab(t, spans.Provider())
 	l.host.Write(block("os", 1))

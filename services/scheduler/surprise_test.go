@@ -26,6 +26,7 @@ import (
 
 // A host that has seen a higher epoch is not fought: the scheduler, which holds the record, takes it over.
 func TestHigherEpochOfTheHostIsAdopted(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.host.Write(block("os", 1))
 	l.start(quick())
@@ -42,6 +43,7 @@ func TestHigherEpochOfTheHostIsAdopted(t *testing.T) {
 
 // A failover that closed the lineage stops replication; the scheduler follows the fence.
 func TestClosedLineageStopsReplication(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	l.protect()
@@ -59,6 +61,7 @@ func TestClosedLineageStopsReplication(t *testing.T) {
 
 // An open after a failover is adopted: epoch and open stand in the next tasks.
 func TestOpenIsAdopted(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	l.protect()
@@ -76,6 +79,7 @@ func TestOpenIsAdopted(t *testing.T) {
 
 // A test failover that waits for clean-up stands in the way of what would take its ground away.
 func TestTestFailoverBlocks(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.start(quick())
 	l.protect()
@@ -101,6 +105,7 @@ func TestTestFailoverBlocks(t *testing.T) {
 
 // A protection that cannot begin ends after one climb of the ladder, and says why.
 func TestEnablingGivesUp(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.host.Fail(func(method string) error {
 		if method == "CreateReplicationRelationship" {
@@ -116,6 +121,7 @@ func TestEnablingGivesUp(t *testing.T) {
 
 // A refusal of a pass's task that a fresh pass can get past begins another pass; what was there before stays harmless.
 func TestRefusedPassBeginsAgain(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	l.host.Write(block("os", 0), block("data", 7))
 	l.start(quick())
@@ -135,6 +141,7 @@ func TestRefusedPassBeginsAgain(t *testing.T) {
 
 // RPO, missed cycles and the states of the fleet are gauges.
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	l := newLab(t)
 	reader := sdkmetric.NewManualReader()
 	provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))
