@@ -3,6 +3,7 @@ package hostprovider
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 )
 
@@ -24,6 +25,9 @@ type Config struct {
 	ChangeTrackerAddress string `koanf:"change_tracker_address"`
 }
 
+// token is a name in subjects and resource names (docs/events.md).
+var token = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
+
 // Default is a sensible configuration; Images, Address and ChangeTrackerAddress have none.
 func Default() Config {
 	return Config{Site: "local", Host: "host-1", ScanInterval: 10 * time.Second, Heartbeat: 10 * time.Second}
@@ -32,14 +36,22 @@ func Default() Config {
 // Validate reports all problems at once, each with its key.
 func (c Config) Validate() error {
 	var problems []error
-	for key, v := range map[string]string{"site": c.Site, "host": c.Host, "images": c.Images, "address": c.Address, "change_tracker_address": c.ChangeTrackerAddress} {
-		if v == "" {
-			problems = append(problems, fmt.Errorf("%s: must not be empty", key))
+	for _, f := range []struct{ key, value string }{{"site", c.Site}, {"host", c.Host}} {
+		if !token.MatchString(f.value) {
+			problems = append(problems, fmt.Errorf("%s: %q must be 1 to 64 of a-z, 0-9 and inner hyphens", f.key, f.value))
 		}
 	}
-	for key, v := range map[string]time.Duration{"scan_interval": c.ScanInterval, "heartbeat": c.Heartbeat} {
-		if v < 100*time.Millisecond || v > 10*time.Minute {
-			problems = append(problems, fmt.Errorf("%s: %s must be 100ms to 10m", key, v))
+	for _, f := range []struct{ key, value string }{{"images", c.Images}, {"address", c.Address}, {"change_tracker_address", c.ChangeTrackerAddress}} {
+		if f.value == "" {
+			problems = append(problems, fmt.Errorf("%s: must not be empty", f.key))
+		}
+	}
+	for _, f := range []struct {
+		key   string
+		value time.Duration
+	}{{"scan_interval", c.ScanInterval}, {"heartbeat", c.Heartbeat}} {
+		if f.value < 100*time.Millisecond || f.value > 10*time.Minute {
+			problems = append(problems, fmt.Errorf("%s: %s must be 100ms to 10m", f.key, f.value))
 		}
 	}
 	return errors.Join(problems...)

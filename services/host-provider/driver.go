@@ -12,9 +12,12 @@ import (
 type Driver interface {
 	// Name is the driver's name as it stands in the host record, for example "imagedir".
 	Name() string
-	// Machines lists what the host holds, by name, with the problems of what cannot be read.
+	// Machines lists what the host holds, by name, with the problems of what cannot be read. UNAVAILABLE until
+	// Refresh succeeded once.
 	Machines(ctx context.Context) ([]*typesv1.Machine, []*hostproviderv1.Finding, error)
-	// Machine finds one by GUID or by a display name that is unique on the host; VM_NOT_FOUND otherwise.
+	// Machine finds one by GUID or by a display name that is unique on the host; VM_NOT_FOUND otherwise,
+	// VM_DEFINITION_INVALID, or the one reason that there is, for one that is here and broken, UNAVAILABLE until
+	// Refresh succeeded once.
 	Machine(ctx context.Context, vm string) (*typesv1.Machine, error)
 	// Check runs every prerequisite check and returns all findings. The machine is nil when it cannot be described.
 	Check(ctx context.Context, vm string) ([]*hostproviderv1.Finding, *typesv1.Machine, error)

@@ -3,6 +3,7 @@ package hostprovider
 import (
 	"context"
 	"encoding/base64"
+	"slices"
 	"strings"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
@@ -39,15 +40,17 @@ func (s *server) ListMachines(ctx context.Context, r *hostproviderv1.ListMachine
 	if err != nil {
 		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "page_token is not one of ours")
 	}
+	// Pages go by one order, whatever the driver's is: a token means everything up to its key.
+	machines = slices.SortedFunc(slices.Values(machines), func(a, b *typesv1.Machine) int {
+		return strings.Compare(pageKey(a), pageKey(b))
+	})
 	out := &hostproviderv1.ListMachinesResponse{}
 	for _, m := range machines {
-		key := m.DisplayName + "\x00" + m.Id
-		if strings.Compare(key, string(after)) <= 0 {
+		if pageKey(m) <= string(after) {
 			continue
 		}
 		if len(out.Machines) == size {
-			last := out.Machines[size-1]
-			out.NextPageToken = base64.RawURLEncoding.EncodeToString([]byte(last.DisplayName + "\x00" + last.Id))
+			out.NextPageToken = base64.RawURLEncoding.EncodeToString([]byte(pageKey(out.Machines[size-1])))
 			return out, nil
 		}
 		out.Machines = append(out.Machines, m)
@@ -55,6 +58,9 @@ func (s *server) ListMachines(ctx context.Context, r *hostproviderv1.ListMachine
 	out.Problems = problems
 	return out, nil
 }
+
+// pageKey sorts machines by display name, then id.
+func pageKey(m *typesv1.Machine) string { return m.DisplayName + "\x00" + m.Id }
 
 func (s *server) GetMachine(ctx context.Context, r *hostproviderv1.GetMachineRequest) (*hostproviderv1.GetMachineResponse, error) {
 	m, err := s.driver.Machine(ctx, r.Vm)

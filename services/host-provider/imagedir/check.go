@@ -4,6 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/vdisk"
@@ -17,125 +22,211 @@ const (
 	mib          = 1 << 20
 )
 
-// images remembers which file each disk image is, so that one file under two names is seen.
-type images struct {
-	names []string
-	infos []os.FileInfo
+// found is one machine folder with everything that was found out about it.
+type found struct {
+	folder string
+	// id (canonical, lower case) and name, as far as vm.yaml could be read; "" otherwise.
+	id, name string
+	// machine is nil when vm.yaml cannot be read. Sizes are filled in where the image is sound.
+	machine  *typesv1.Machine
+	findings []*hostproviderv1.Finding
+	files    []imageFile
 }
 
-func newImages() *images { return &images{} }
+// imageFile is a disk's file: the same one may be reached by several names.
+type imageFile struct {
+	disk *typesv1.Disk
+	info os.FileInfo
+}
 
-// claim returns the disk that has the same file already, or "".
-func (s *images) claim(name string, info os.FileInfo) string {
-	for i, other := range s.infos {
-		if os.SameFile(other, info) {
-			return s.names[i]
+func (f *found) add(findings ...*hostproviderv1.Finding) {
+	f.findings = append(f.findings, findings...)
+}
+
+// label names a machine for people.
+func (f *found) label() string {
+	if f.name != "" {
+		return f.name
+	}
+	return f.folder
+}
+
+// errors are the findings that forbid protection.
+func (f *found) errors() (out []*hostproviderv1.Finding) {
+	for _, x := range f.findings {
+		if x.Severity == hostproviderv1.Severity_SEVERITY_ERROR {
+			out = append(out, x)
 		}
 	}
-	s.names, s.infos = append(s.names, name), append(s.infos, info)
-	return ""
+	return out
 }
 
-// inspect runs every check of one machine folder. The machine is nil when vm.yaml cannot be read; sizes are
-// filled in where the image is sound.
-func inspect(folder, site, host string, seen *images) ([]*hostproviderv1.Finding, *typesv1.Machine) {
+// answers says whether the folder is meant by a GUID, a display name, or, where vm.yaml does not say who it is, the
+// name of the folder.
+func (f *found) answers(vm string) (byID, byName bool) {
+	id := f.id != "" && f.id == strings.ToLower(vm)
+	return id, !id && (f.name == vm || f.name == "" && filepath.Base(f.folder) == vm)
+}
+
+// inspectAll runs every check of every machine folder. What two of them contradict each other in is found at both:
+// nobody here knows which one is right.
+func inspectAll(folders []string, site, host string) []*found {
+	var all []*found
+	for _, folder := range folders {
+		all = append(all, inspect(folder, site, host))
+	}
+	ids := map[string][]*found{}
+	for _, f := range all {
+		if f.id != "" {
+			ids[f.id] = append(ids[f.id], f)
+		}
+	}
+	for id, group := range ids {
+		for _, f := range group {
+			for _, other := range group {
+				if other != f {
+					f.add(finding("machine-id", typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID,
+						fmt.Sprintf("%s: id %s is also that of %s", f.folder, id, other.folder), "give each machine its own GUID"))
+				}
+			}
+		}
+	}
+	findDuplicates(all)
+	return all
+}
+
+// findDuplicates finds files that are the image of more than one disk, by whatever names.
+func findDuplicates(all []*found) {
+	type use struct {
+		f    *found
+		disk *typesv1.Disk
+		info os.FileInfo
+	}
+	type key struct { // cheap and equal for one file; os.SameFile decides
+		size  int64
+		mtime time.Time
+	}
+	uses := map[key][]use{}
+	for _, f := range all {
+		for _, i := range f.files {
+			k := key{i.info.Size(), i.info.ModTime()}
+			uses[k] = append(uses[k], use{f, i.disk, i.info})
+		}
+	}
+	entry, _ := errcat.Lookup(typesv1.ErrorReason_ERROR_REASON_DISK_DUPLICATE)
+	for _, group := range uses {
+		for i, u := range group {
+			for j, other := range group {
+				if i != j && os.SameFile(u.info, other.info) {
+					u.f.add(finding("disk-image", typesv1.ErrorReason_ERROR_REASON_DISK_DUPLICATE,
+						about(u.f, u.disk)+fmt.Sprintf("is the same file as disk %s of %s (%s)", other.disk.Id, other.f.label(), other.disk.Path), entry.Action))
+				}
+			}
+		}
+	}
+}
+
+func about(f *found, disk *typesv1.Disk) string {
+	return fmt.Sprintf("disk %s of %s (%s): ", disk.Id, f.label(), disk.Path)
+}
+
+// inspect runs every check of one machine folder by itself.
+func inspect(folder, site, host string) *found {
 	def, err := ReadDefinition(folder)
+	f := &found{folder: folder, name: def.Name}
+	if id, err := uuid.Parse(def.ID); err == nil {
+		f.id = id.String()
+	}
 	if err != nil {
-		var out []*hostproviderv1.Finding
 		for _, e := range flatten(err) {
-			out = append(out, finding("vm-definition", typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID,
+			f.add(finding("vm-definition", typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID,
 				fmt.Sprintf("%s: %v", folder, e), "correct "+DefinitionFile))
 		}
-		return out, nil
+		return f
 	}
-	m := def.machine(site, host)
-	var out []*hostproviderv1.Finding
+	f.machine = def.machine(site, host)
 	var largest int64
-	for _, disk := range m.Disks {
-		f, size := inspectImage(m.DisplayName, disk, seen)
-		out = append(out, f...)
-		disk.SizeBytes = size
-		largest = max(largest, size)
+	for i, disk := range f.machine.Disks {
+		disk.SizeBytes = f.inspectImage(disk, def.Disks[i].Format != "")
+		largest = max(largest, disk.SizeBytes)
 	}
-	if len(m.NetworkAdapters) == 0 {
-		out = append(out, &hostproviderv1.Finding{Check: "network", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
-			What: m.DisplayName + " has no network adapter", Action: "nobody will reach the recovered machine; add one to " + DefinitionFile + " if that is not meant"})
+	if len(f.machine.NetworkAdapters) == 0 {
+		f.add(&hostproviderv1.Finding{Check: "network", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
+			What: f.name + " has no network adapter", Action: "nobody will reach the recovered machine; add one to " + DefinitionFile + " if that is not meant"})
 	}
 	if free, ok := freeSpace(folder); ok && free < largest/10 {
-		out = append(out, &hostproviderv1.Finding{Check: "free-space", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
+		f.add(&hostproviderv1.Finding{Check: "free-space", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
 			Reason: typesv1.ErrorReason_ERROR_REASON_LOW_DISK_SPACE,
-			What:   fmt.Sprintf("%s: the volume has %d MiB free; logs of changed blocks are kept beside the disks", m.DisplayName, free/mib),
+			What:   fmt.Sprintf("%s: the volume has %d MiB free; logs of changed blocks are kept beside the disks", f.name, free/mib),
 			Action: "free space, or expect changed ranges to be read again from the disks instead of from logs"})
 	}
-	return out, m
+	return f
 }
 
-func inspectImage(machine string, disk *typesv1.Disk, seen *images) ([]*hostproviderv1.Finding, int64) {
-	what := func(format string, args ...any) string {
-		return fmt.Sprintf("disk %s of %s (%s): ", disk.Id, machine, disk.Path) + fmt.Sprintf(format, args...)
+// inspectImage checks one image and returns its virtual size, 0 if it is not sound. stated says that vm.yaml names the
+// format.
+func (f *found) inspectImage(disk *typesv1.Disk, stated bool) int64 {
+	bad := func(reason typesv1.ErrorReason, action, format string, args ...any) int64 {
+		if action == "" {
+			entry, _ := errcat.Lookup(reason)
+			action = entry.Action
+		}
+		f.add(finding("disk-image", reason, about(f, disk)+fmt.Sprintf(format, args...), action))
+		return 0
 	}
-	bad := func(reason typesv1.ErrorReason, text string) ([]*hostproviderv1.Finding, int64) {
-		entry, _ := errcat.Lookup(reason)
-		return []*hostproviderv1.Finding{finding("disk-image", reason, text, entry.Action)}, 0
-	}
+	const readable = "make the file readable for the host-provider"
 	info, err := os.Stat(disk.Path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING, what("there is no such image"))
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING, "", "there is no such image")
 	case err != nil:
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING, what("%v", err))
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING, readable, "%v", err)
 	case !info.Mode().IsRegular():
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, what("is not a regular file"))
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, "", "it is not a regular file")
 	}
-	if other := seen.claim(disk.Id+" of "+machine, info); other != "" {
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_DUPLICATE, what("is the same file as disk %s", other))
-	}
-	size, err := probe(disk)
+	f.files = append(f.files, imageFile{disk, info})
+	size, looksLikeVHD, err := probe(disk, stated)
 	switch {
-	case err == nil:
 	case errors.Is(err, vdisk.ErrUnsupported):
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, what("%v", err))
-	default:
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_TRUNCATED, what("%v", err))
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, "", "%v", err)
+	case errors.Is(err, vdisk.ErrTooLarge), err == nil && size > maxDiskBytes:
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_TOO_LARGE, "", "%d bytes are more than the 2040 GiB of a fixed VHD", info.Size())
+	case errors.Is(err, vdisk.ErrTruncated), errors.Is(err, vdisk.ErrBadFooter), errors.Is(err, vdisk.ErrSectorSize):
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_TRUNCATED, "", "%v", err)
+	case err != nil:
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING, readable, "it cannot be read: %v", err)
+	case looksLikeVHD:
+		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, "add `format: vhd` or `format: raw` to the disk in "+DefinitionFile,
+			"it ends like a fixed VHD, but neither its name nor %s says that it is one", DefinitionFile)
 	}
-	if size > maxDiskBytes {
-		return bad(typesv1.ErrorReason_ERROR_REASON_DISK_TOO_LARGE, what("%d bytes are more than the 2040 GiB of a fixed VHD", size))
-	}
-	var out []*hostproviderv1.Finding
 	if size%mib != 0 {
-		out = append(out, &hostproviderv1.Finding{Check: "disk-alignment", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
-			What:   what("%d bytes are not a whole number of MiB", size),
+		f.add(&hostproviderv1.Finding{Check: "disk-alignment", Severity: hostproviderv1.Severity_SEVERITY_WARNING,
+			What:   about(f, disk) + fmt.Sprintf("%d bytes are not a whole number of MiB", size),
 			Action: "the recovered disk is padded with zeros to the next MiB, as Azure demands; nothing to do"})
 	}
-	return out, size
+	return size
 }
 
-// probe opens the image read-only and returns its virtual size.
-func probe(disk *typesv1.Disk) (int64, error) {
+// probe opens the image read-only and returns its virtual size. Where vm.yaml does not state the format it also looks
+// for signs of another one than the name suggests: a qcow2 taken for raw would replicate, and never start.
+func probe(disk *typesv1.Disk, stated bool) (size int64, looksLikeVHD bool, err error) {
 	format := vdisk.FormatRaw
-	if disk.Format == typesv1.DiskFormat_DISK_FORMAT_VHD {
+	switch {
+	case disk.Format == typesv1.DiskFormat_DISK_FORMAT_VHD:
 		format = vdisk.FormatVHD
+	case !stated:
+		format = vdisk.FormatAuto
 	}
 	d, err := vdisk.Open(disk.Path, format, true)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	defer d.Close()
-	return d.Size(), nil
+	return d.Size(), format == vdisk.FormatAuto && d.Format() == vdisk.FormatVHD, nil
 }
 
 func finding(check string, reason typesv1.ErrorReason, what, action string) *hostproviderv1.Finding {
 	return &hostproviderv1.Finding{Check: check, Severity: hostproviderv1.Severity_SEVERITY_ERROR, Reason: reason, What: what, Action: action}
-}
-
-// failed says whether any finding forbids protection.
-func failed(findings []*hostproviderv1.Finding) bool {
-	for _, f := range findings {
-		if f.Severity == hostproviderv1.Severity_SEVERITY_ERROR {
-			return true
-		}
-	}
-	return false
 }
 
 // flatten lists the errors of an errors.Join.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"unicode"
 
 	"github.com/google/uuid"
 	"go.yaml.in/yaml/v3"
@@ -71,9 +72,34 @@ var (
 	mac    = regexp.MustCompile(`^([0-9a-fA-F]{2}[:-]){5}[0-9a-fA-F]{2}$`)
 )
 
-// ReadDefinition reads and checks folder/vm.yaml. Every problem is reported at once, joined.
+// ReadDefinition reads and checks folder/vm.yaml. Every problem is reported at once, joined. The definition is there
+// with an error too, as far as it could be read: never nil, good for naming the machine and nothing else.
 func ReadDefinition(folder string) (*Definition, error) {
-	f, err := os.Open(filepath.Join(folder, DefinitionFile))
+	d := &Definition{folder: folder}
+	raw, err := readBounded(filepath.Join(folder, DefinitionFile))
+	if errors.Is(err, os.ErrNotExist) {
+		if _, serr := os.Stat(filepath.Join(folder, misnamedFile)); serr == nil {
+			return d, fmt.Errorf("there is %s, but the file must be called %s", misnamedFile, DefinitionFile)
+		}
+	}
+	if err != nil {
+		return d, err
+	}
+	problems, whole := d.parse(raw)
+	if !whole { // every value would be missing: one message is enough
+		return d, errors.Join(problems...)
+	}
+	if err := d.validate(); err != nil {
+		problems = append(problems, flatten(err)...)
+	}
+	return d, errors.Join(problems...)
+}
+
+// misnamedFile is what people call vm.yaml by mistake.
+const misnamedFile = "vm.yml"
+
+func readBounded(path string) ([]byte, error) {
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
@@ -85,17 +111,33 @@ func ReadDefinition(folder string) (*Definition, error) {
 	if len(raw) > maxDefinitionBytes {
 		return nil, fmt.Errorf("%s is larger than %d bytes", DefinitionFile, maxDefinitionBytes)
 	}
-	d := &Definition{folder: folder}
+	return raw, nil
+}
+
+// parse decodes strictly; keys that are known are taken in despite others that are not. It is not whole when nothing
+// could be taken in.
+func (d *Definition) parse(raw []byte) (problems []error, whole bool) {
 	dec := yaml.NewDecoder(bytes.NewReader(raw))
 	dec.KnownFields(true)
-	if err := dec.Decode(d); err != nil {
-		return nil, fmt.Errorf("parse %s: %w", DefinitionFile, err)
+	var wrong *yaml.TypeError
+	switch err := dec.Decode(d); {
+	case errors.Is(err, io.EOF):
+		return []error{fmt.Errorf("%s is empty", DefinitionFile)}, false
+	case errors.As(err, &wrong):
+		for _, text := range wrong.Errors {
+			problems = append(problems, errors.New(unknownKey.ReplaceAllString(text, `unknown key "$1"`)))
+		}
+	case err != nil:
+		return []error{fmt.Errorf("parse %s: %w", DefinitionFile, err)}, false
 	}
-	if err := d.validate(); err != nil {
-		return nil, err
+	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
+		problems = append(problems, fmt.Errorf("%s must be one document: what follows `---` would be ignored", DefinitionFile))
 	}
-	return d, nil
+	return problems, true
 }
+
+// unknownKey is how the parser names a key that no field has, and our Go type, which means nothing to a reader.
+var unknownKey = regexp.MustCompile(`field (.+) not found in type .*`)
 
 func (d *Definition) validate() error {
 	var problems []error
@@ -103,13 +145,13 @@ func (d *Definition) validate() error {
 	if d.Version != DefinitionVersion {
 		bad("version: %d is not supported, this program reads %d", d.Version, DefinitionVersion)
 	}
-	if id, err := uuid.Parse(d.ID); err != nil {
+	if id, err := uuid.Parse(d.ID); err != nil || id == uuid.Nil {
 		bad("id: %q is not a GUID", d.ID)
 	} else {
 		d.ID = id.String()
 	}
-	if d.Name == "" || len(d.Name) > 100 || strings.ContainsAny(d.Name, "/\\\x00\n") {
-		bad("name: %q must be 1 to 100 characters without slashes", d.Name)
+	if d.Name == "" || len(d.Name) > 100 || strings.ContainsAny(d.Name, `/\`) || strings.ContainsFunc(d.Name, unicode.IsControl) || strings.TrimSpace(d.Name) != d.Name {
+		bad("name: %q must be 1 to 100 bytes without slashes, control characters, or spaces at its ends", d.Name)
 	}
 	if d.Generation != 1 && d.Generation != 2 {
 		bad("generation: %d must be 1 or 2", d.Generation)
