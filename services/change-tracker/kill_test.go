@@ -201,8 +201,8 @@ func TestKilledProcessLosesNothing(t *testing.T) {
 			if err == nil {
 				return out, true
 			}
-			_, refused := err.(rpc.ServerError)
-			require.False(t, refused, "%s: %v", call.Op, err)
+			var refused rpc.ServerError
+			require.NotErrorAs(t, err, &refused, call.Op)
 			return out, false
 		}
 		if fp != "" {

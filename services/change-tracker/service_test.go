@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"io"
 	"log/slog"
 	"os"
@@ -149,7 +150,7 @@ func (h *host) imageOf(id string) []byte {
 	require.NoError(h.t, err)
 	b := make([]byte, d.Size())
 	_, err = d.ReadAt(b, 0)
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		require.NoError(h.t, err)
 	}
 	return b
@@ -174,7 +175,7 @@ func (h *host) changes(point uint64, r replica) int {
 		require.NoError(h.t, err)
 		for {
 			m, err := stream.Recv()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			require.NoError(h.t, err)
@@ -195,7 +196,7 @@ func (h *host) ranges(pass uint64, r replica) int {
 			require.NoError(h.t, err)
 			for {
 				m, err := stream.Recv()
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					break
 				}
 				require.NoError(h.t, err)
@@ -407,7 +408,7 @@ func TestHashRangesMatchesTheImage(t *testing.T) {
 		}
 		for {
 			m, err := stream.Recv()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			require.NoError(t, err)

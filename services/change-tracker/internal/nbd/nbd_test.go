@@ -136,7 +136,7 @@ func option(opt uint32, data []byte) []byte {
 func answer(t *testing.T, c net.Conn) (kind uint32, data []byte) {
 	t.Helper()
 	h := read(t, c, 20)
-	require.EqualValues(t, uint64(magicReply), binary.BigEndian.Uint64(h))
+	require.Equal(t, uint64(magicReply), binary.BigEndian.Uint64(h))
 	return binary.BigEndian.Uint32(h[12:]), read(t, c, int(binary.BigEndian.Uint32(h[16:])))
 }
 

@@ -11,6 +11,7 @@
 package sidecar
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -84,8 +85,8 @@ func Create(f File, size int64, lineage [16]byte) (*Table, error) {
 func Open(f File, size int64, lineage [16]byte) (*Table, int, error) {
 	t := newTable(f, size)
 	b := make([]byte, FileSize(size))
-	if n, err := f.ReadAt(b, 0); err != nil && (err != io.EOF || n < len(b)) {
-		if err == io.EOF {
+	if n, err := f.ReadAt(b, 0); err != nil && (!errors.Is(err, io.EOF) || n < len(b)) {
+		if errors.Is(err, io.EOF) {
 			err = fmt.Errorf("%w: %d bytes of %d", ErrCorrupt, n, len(b))
 		}
 		return nil, 0, fmt.Errorf("read sidecar: %w", err)

@@ -60,7 +60,7 @@ func fresh(t testing.TB) (*Table, *memFile) {
 	f := &memFile{}
 	table, err := Create(f, size, lineage)
 	require.NoError(t, err)
-	require.EqualValues(t, FileSize(size), len(f.b))
+	require.Len(t, f.b, int(FileSize(size)))
 	return table, f
 }
 
@@ -182,7 +182,7 @@ func TestFailureSticks(t *testing.T) {
 }
 
 func FuzzOpen(f *testing.F) {
-	table, file := &Table{}, &memFile{}
+	file := &memFile{}
 	table, err := Create(file, 3*ExtentSize, lineage)
 	if err != nil {
 		f.Fatal(err)
