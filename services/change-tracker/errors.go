@@ -6,6 +6,8 @@ import "errors"
 var (
 	// ErrMachineNotFound: no such machine is attached.
 	ErrMachineNotFound = errors.New("machine is not attached")
+	// ErrUnavailable: the machine may be here, but not now.
+	ErrUnavailable = errors.New("change-tracker is starting or stopping")
 	// ErrDiskNotFound: the machine has no such disk.
 	ErrDiskNotFound = errors.New("disk not found")
 	// ErrDiskDuplicate: one image is named twice, here or by another machine.

@@ -26,6 +26,7 @@ var reasons = []struct {
 	reason typesv1.ErrorReason
 }{
 	{ErrMachineNotFound, typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND},
+	{ErrUnavailable, typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE},
 	{ErrDiskNotFound, typesv1.ErrorReason_ERROR_REASON_DISK_NOT_FOUND},
 	{ErrDiskDuplicate, typesv1.ErrorReason_ERROR_REASON_DISK_DUPLICATE},
 	{ErrDiskInUse, typesv1.ErrorReason_ERROR_REASON_DISK_IN_USE},

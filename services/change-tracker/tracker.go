@@ -54,6 +54,7 @@ type Tracker struct {
 	mu       sync.Mutex
 	machines map[string]*machine
 	busy     map[string]bool // being attached or detached
+	closed   bool            // by Close: nothing is attached any more
 
 	// held is called while the writes of a machine are held. Tests only.
 	held func(*machine)
@@ -107,6 +108,10 @@ func (t *Tracker) attach(spec MachineSpec, persist bool) ([]AttachedDisk, error)
 		return nil, err
 	}
 	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		return nil, fmt.Errorf("%w: it is stopping", ErrUnavailable)
+	}
 	if m := t.machines[spec.ID]; m != nil {
 		defer t.mu.Unlock()
 		if !m.is(spec) {
@@ -138,6 +143,9 @@ func (t *Tracker) attach(spec MachineSpec, persist bool) ([]AttachedDisk, error)
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	delete(t.busy, spec.ID)
+	if err == nil && t.closed { // meanwhile
+		err = errors.Join(ErrUnavailable, m.end())
+	}
 	if err != nil {
 		return nil, fmt.Errorf("attach machine %s: %w", spec.ID, err)
 	}
@@ -287,7 +295,7 @@ func (t *Tracker) Detach(id string, drain func()) error {
 func (t *Tracker) Close() error {
 	t.mu.Lock()
 	machines := t.machines
-	t.machines = map[string]*machine{}
+	t.machines, t.closed = map[string]*machine{}, true
 	t.mu.Unlock()
 	var errs []error
 	for _, m := range machines {
@@ -303,6 +311,11 @@ func (t *Tracker) machine(id string) (*machine, error) {
 	defer t.mu.Unlock()
 	if m := t.machines[id]; m != nil {
 		return m, nil
+	}
+	// Calls still come while the program stops. "Not here" would be taken for the machine's end, and stop its
+	// replication for good.
+	if t.closed || t.busy[id] {
+		return nil, fmt.Errorf("%w: machine %s is being attached or detached", ErrUnavailable, id)
 	}
 	return nil, fmt.Errorf("%w: %s", ErrMachineNotFound, id)
 }
@@ -344,7 +357,7 @@ func (t *Tracker) Start(id, lineage string, epoch uint64) (Status, error) {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
 	r := m.rec.Load()
-	if r.Lineage != "" {
+	if r.Lineage != "" || m.ended {
 		err := m.admit(lineage, epoch)
 		return m.status(), err
 	}
@@ -371,7 +384,7 @@ func (t *Tracker) Stop(id, lineage string, epoch uint64) error {
 	}
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
-	if m.rec.Load().Lineage == "" {
+	if m.rec.Load().Lineage == "" && !m.ended {
 		return nil
 	}
 	if err := m.admit(lineage, epoch); err != nil {
