@@ -92,12 +92,16 @@ func (m *machine) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	m.p.t.Cleanup(func() { _ = store.Close() })
+	if m.store == nil {
+		m.p.t.Cleanup(func() { _ = m.store.Close() })
+	} else {
+		_ = m.store.Close()
+	}
+	m.store = store
 	vm, err := m.p.vm(ctx)
 	if err != nil {
 		return err
 	}
-	m.store = store
 	m.chain, err = replica.Open(ctx, store, replica.Lineage(vm.Lineage))
 	return err
 }

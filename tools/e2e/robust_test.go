@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -141,6 +142,107 @@ func TestRobustAgainstKills(t *testing.T) {
 			return
 		}
 	}
+}
+
+// TestRobustInitialReplication kills programs while a machine is copied for the first time: the copy is taken up where it
+// stood, by the same full pass. One fleet copies again and again, each time as a new lineage.
+func TestRobustInitialReplication(t *testing.T) {
+	runs := initialRuns
+	if text := os.Getenv(runsEnv); text != "" {
+		n, err := strconv.Atoi(text)
+		require.NoError(t, err, runsEnv)
+		runs = max(n/8, initialRuns)
+	} else if testing.Short() {
+		t.Skip("the kills take a minute")
+	}
+	seed := uint64(20261123)
+	if os.Getenv(testkit.SeedEnv) != "" {
+		seed = testkit.Seed(t)
+	}
+	r := testkit.RandOf(seed)
+	p := newFleet(t, 1+int(seed%2))
+	a := &attacked{t: t, machine: newMachine(p, seed, 24*mib, 16*mib)}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("repeat with %s=%d; kills:\n%s", testkit.SeedEnv, seed, strings.Join(a.done, "\n"))
+		}
+	})
+	p.startAll()
+	a.write(5 * time.Millisecond)
+	require.NoError(t, a.clients())
+	points := []kill{
+		{uploaderName, "uploader/after-segment", 2, 0}, {tracker, "change-tracker/after-begin", 1, 0}, {scheduler, "scheduler/after-publish", 2, 0},
+		{uploaderName, "uploader/after-manifest", 1, 0}, {tracker, "change-tracker/before-settle", 1, 0}, {tracker, "change-tracker/after-rename", 1, 0},
+		{scheduler, "scheduler/before-settle", 1, 0}, {uploaderName, "uploader/before-ack", 2, 0}, {host, "host-provider/after-cut", 1, 0},
+		{scheduler, "scheduler/after-record", 3, 0}, {tracker, "change-tracker/before-begin", 1, 0}, {tracker, "change-tracker/after-settle", 1, 0},
+		{tracker, "", 0, 0}, {everything, "", 0, 0}, {natsServer, "", 0, 0}, {uploaderName, "", 0, 0}, {scheduler, "", 0, 0}, {host, "", 0, 0},
+	}
+	for i := range runs {
+		if i%len(points) == 0 {
+			r.Shuffle(len(points), func(i, j int) { points[i], points[j] = points[j], points[i] })
+		}
+		k := points[i%len(points)]
+		k.after = time.Duration(r.IntN(800)) * time.Millisecond
+		a.done = append(a.done, fmt.Sprintf("%3d  %s  %s", i+1, time.Now().Format("15:04:05.000"), k))
+		a.copyUnder(k, i)
+		if testing.Verbose() {
+			t.Log(a.done[i])
+		}
+	}
+}
+
+// initialRuns is how many initial replications are interrupted by default.
+const initialRuns = 4
+
+// copyUnder protects the machine, kills something meanwhile, verifies the first points and ends protection.
+func (a *attacked) copyUnder(k kill, i int) {
+	t := a.t
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	a.chain, a.seen, a.verified = nil, nil, map[replica.Ordinal]uint64{}
+	start := time.Now()
+	if i == 0 {
+		file := filepath.Join(a.p.dir, "policy.yaml")
+		require.NoError(t, os.WriteFile(file, []byte("name: e2e\ncopy_interval: 1s\n"), 0o600))
+		require.NoError(t, a.p.landfall(ctx, nil, "policy", "apply", "-f", file))
+	}
+	id, job := uuid.NewString(), ""
+	enable := func() {
+		a.p.wait(recoverWithin, "protection starts", func(ctx context.Context) error {
+			r, err := a.p.api.EnableProtection(ctx, &schedulerv1.EnableProtectionRequest{Vm: vmName, Policy: "policies/e2e", RequestId: id})
+			job = r.GetJob().GetName()
+			return err
+		})
+	}
+	if k.failpoint == "" {
+		enable()
+		a.strike(k)
+	} else {
+		q := a.p.programs[k.target]
+		require.NoError(t, q.interrupt(30*time.Second))
+		require.NoError(t, q.start(fmt.Sprintf("%s=%d*kill", k.failpoint, k.hit)))
+		a.p.wait(recoverWithin, "protection starts", func(ctx context.Context) error {
+			r, err := a.p.api.EnableProtection(ctx, &schedulerv1.EnableProtectionRequest{Vm: vmName, Policy: "policies/e2e", RequestId: id})
+			job = r.GetJob().GetName()
+			return a.orGone(q, err)
+		})
+		select {
+		case <-q.exited():
+		case <-time.After(hitWithin):
+			a.unreached++
+			a.done[i] += "  (not reached)"
+			q.kill()
+		}
+		require.NoError(t, q.start(""))
+		if job == "" {
+			enable()
+		}
+	}
+	a.succeeds(job)
+	a.since(start, 3, recoverWithin)
+	a.p.wait(30*time.Second, "one full pass", func(ctx context.Context) error { return a.only(ctx, 1, 0) })
+	require.NoError(t, a.verifyNew(ctx, 0), "after %s", k)
+	require.NoError(t, a.p.landfall(ctx, nil, "unprotect", machineName, "--wait"))
 }
 
 // attacked is one fleet under attack.
