@@ -65,7 +65,7 @@ type passState struct {
 	count uint32
 	last  Seq
 	bytes int64 // stored bytes of its segments
-	void  bool // a rewind stands above some of its partials
+	void  bool  // a rewind stands above some of its partials
 }
 
 func (p *passState) seqOf(i uint32) Seq {
