@@ -1,0 +1,13 @@
+// Package bench measures the product beside its peers on the same machine in
+// the same minutes, and checks every result: a fast wrong copy is a failure.
+//
+// A suite is a list of rows. A row makes its input from a seed, runs the product
+// and the peers in turn (A B A B), and reports of each the medians of wall time,
+// processor time (user and system, servers included), peak memory and bytes in
+// and out, with the figures the row is about. Rows of the product's own parts
+// run the Go benchmarks that live beside the code and repeat their figures.
+//
+// Wall times of a busy machine say little: compare ratios within one report.
+// Processor time, bytes and memory are the firm figures. Memory is measured on
+// Linux only, and is reported as absent elsewhere.
+package bench
