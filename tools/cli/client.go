@@ -104,6 +104,9 @@ func (a *app) connect() (*connections, error) {
 	if err != nil {
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_UNAUTHENTICATED, err, "load client certificate")
 	}
+	if end := id.Files.NotAfter(); time.Now().After(end) {
+		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_UNAUTHENTICATED, "the client certificate in %s expired at %s", certs, end.UTC().Format(time.RFC3339))
+	}
 	a.conns = &connections{config: c, dialer: rpc.NewDialer(rpc.DialerOptions{Identity: id, UnaryTimeout: callTimeout})}
 	return a.conns, nil
 }

@@ -1,16 +1,19 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
 func (a *app) failoverCommand() *cobra.Command {
@@ -52,7 +55,7 @@ func (a *app) testFailoverCommand() *cobra.Command {
 				fmt.Fprintln(a.err, "nothing stands against it")
 				return nil
 			}
-			return a.followJob(cmd.Context(), r.Job, wait)
+			return a.followFailover(cmd, client, r.Job, wait)
 		},
 	}
 	c.Flags().StringVar(&point, "point", "latest", "latest, latest-processed, latest-app, or a point's number")
@@ -62,6 +65,19 @@ func (a *app) testFailoverCommand() *cobra.Command {
 	c.Flags().BoolVar(&check, "check", false, "check only")
 	_ = c.MarkFlagRequired("out")
 	return c
+}
+
+// followFailover is followJob; who waits sees the failover at rest afterwards.
+func (a *app) followFailover(cmd *cobra.Command, client failoverv1.FailoverServiceClient, j *typesv1.Job, wait bool) error {
+	if err := a.followJob(cmd.Context(), j, wait); err != nil || !wait {
+		return err
+	}
+	return a.settled(cmd, func(ctx context.Context) (bool, error) {
+		r, err := client.ListFailovers(ctx, &failoverv1.ListFailoversRequest{Vm: j.Target, PageSize: 1000})
+		return !slices.ContainsFunc(r.GetFailovers(), func(f *failoverv1.Failover) bool {
+			return f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP
+		}), err
+	})
 }
 
 func parsePoint(s string) (*failoverv1.PointSelector, error) {
@@ -106,7 +122,7 @@ func (a *app) cleanUpCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.followJob(cmd.Context(), r.Job, wait)
+			return a.followFailover(cmd, client, r.Job, wait)
 		},
 	}
 	c.Flags().BoolVar(&wait, "wait", false, "wait for the job")
@@ -136,9 +152,17 @@ func (a *app) listFailoversCommand() *cobra.Command {
 			return a.print(r, func(w io.Writer) {
 				row(w, "FAILOVER", "VM", "STATE", "POINT", "OF", "FOLDER")
 				for _, f := range r.Failovers {
-					row(w, last(f.Name), last(f.Vm), label(f.State, "TEST_FAILOVER_STATE_"), f.Point, stamp(f.CutTime), f.OutDir)
+					row(w, last(f.Name), last(f.Vm), failoverLabel(f.State), f.Point, stamp(f.CutTime), f.OutDir)
 				}
 			})
 		},
 	}
+}
+
+// failoverLabel says in words where a failover is; one without a copy any more has been cleaned up.
+func failoverLabel(s typesv1.TestFailoverState) string {
+	if s == typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE {
+		return "cleaned up"
+	}
+	return label(s, "TEST_FAILOVER_STATE_")
 }

@@ -171,6 +171,23 @@ func (a *app) followJob(ctx context.Context, j *typesv1.Job, wait bool) error {
 	return errSilent
 }
 
+// settled waits until done says so: a record follows the end of its job by a moment, and who waited for the job wants to
+// go on from there.
+func (a *app) settled(cmd *cobra.Command, done func(context.Context) (bool, error)) error {
+	ctx, cancel := a.call(cmd)
+	defer cancel()
+	for {
+		if ok, err := done(ctx); err != nil || ok {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
 // endOfWatch makes an interrupted watch a normal end.
 func endOfWatch(ctx context.Context, err error) error {
 	if ctx.Err() != nil || errors.Is(err, io.EOF) {
@@ -188,6 +205,7 @@ type progress struct {
 	startAt  int64
 	printed  time.Time
 	open     bool
+	shown    int64 // done bytes printed last, on plain lines
 	last     *typesv1.Job
 }
 
@@ -226,10 +244,10 @@ func (p *progress) bytes(b *typesv1.JobProgress) {
 	if p.start.IsZero() {
 		p.start, p.startAt = now, b.DoneBytes
 	}
-	if !p.terminal && now.Sub(p.printed) < 2*time.Second && b.DoneBytes < b.TotalBytes {
+	if !p.terminal && (b.DoneBytes == p.shown || now.Sub(p.printed) < 2*time.Second && b.DoneBytes < b.TotalBytes) {
 		return
 	}
-	p.printed = now
+	p.printed, p.shown = now, b.DoneBytes
 	line := fmt.Sprintf("  %3d%%  %s of %s", b.DoneBytes*100/b.TotalBytes, human(b.DoneBytes), human(b.TotalBytes))
 	if secs := now.Sub(p.start).Seconds(); secs > 0.5 && b.DoneBytes > p.startAt {
 		rate := float64(b.DoneBytes-p.startAt) / secs

@@ -2,9 +2,14 @@ package cli
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"regexp"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
@@ -88,47 +93,89 @@ func policyRows(w io.Writer, policies ...*schedulerv1.Policy) {
 
 // readPolicy reads a policy; unknown keys are refused with their name.
 func (a *app) readPolicy(file string) (*schedulerv1.Policy, error) {
+	from := "policy file " + file
+	if file == "-" {
+		from = "policy from standard input"
+	}
+	unreadable := func(err error) error {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "read %s", from)
+	}
 	invalid := func(err error) error {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, err, "read policy file %s", file)
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, err, "%s", from)
 	}
 	r := a.in
 	if file != "-" {
 		f, err := os.Open(file)
 		if err != nil {
-			return nil, invalid(err)
+			return nil, unreadable(err)
 		}
 		defer f.Close()
 		r = f
 	}
 	raw, err := io.ReadAll(io.LimitReader(r, 1<<20))
 	if err != nil {
-		return nil, invalid(err)
+		return nil, unreadable(err)
 	}
 	var v any
 	if err := yaml.Unmarshal(raw, &v); err != nil { // YAML is a superset of JSON
 		return nil, invalid(err)
 	}
-	if m, ok := v.(map[string]any); ok {
-		for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold"} {
-			if s, ok := m[key].(string); ok {
-				d, err := protoDuration(s)
-				if err != nil {
-					return nil, invalid(fmt.Errorf("%s: %w", key, err))
-				}
-				m[key] = d
-			}
-		}
-		if s, ok := m["name"].(string); ok {
-			m["name"] = resource("policies", s)
-		}
+	m, ok := v.(map[string]any)
+	if !ok {
+		return nil, invalid(errors.New("it is not a list of keys and values such as copy_interval: 30s"))
 	}
-	j, err := json.Marshal(v)
+	if err := policyValues(m); err != nil {
+		return nil, invalid(err)
+	}
+	j, err := json.Marshal(m)
 	if err != nil {
 		return nil, invalid(err)
 	}
 	p := &schedulerv1.Policy{}
 	if err := protojson.Unmarshal(j, p); err != nil {
-		return nil, invalid(err)
+		return nil, invalid(errors.New(protoPrefix.ReplaceAllString(err.Error(), "")))
 	}
 	return p, nil
+}
+
+// protoPrefix is what the decoder says before what is wrong: its name, a space that varies on purpose, and a place in
+// JSON that nobody wrote.
+var protoPrefix = regexp.MustCompile(`^proto:\s*(\(line \d+:\d+\): )?`)
+
+// policyPattern is a policy's short name.
+var policyPattern = regexp.MustCompile(`^(policies/)?[a-z0-9][a-z0-9-]{0,39}$`)
+
+// policyValues checks keys and turns what people write into what proto-JSON wants: durations, the short name.
+func policyValues(m map[string]any) error {
+	fields := (&schedulerv1.Policy{}).ProtoReflect().Descriptor().Fields()
+	var known []string
+	for i := range fields.Len() {
+		known = append(known, string(fields.Get(i).Name()))
+	}
+	for _, key := range slices.Sorted(maps.Keys(m)) {
+		if !slices.Contains(known, key) {
+			return fmt.Errorf("unknown key %q: a policy has %s", key, strings.Join(known, ", "))
+		}
+	}
+	for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold"} {
+		v, ok := m[key]
+		if !ok {
+			continue
+		}
+		s, ok := v.(string)
+		if !ok {
+			return fmt.Errorf("%s: %v is not a duration such as 30s or 5m", key, v)
+		}
+		d, err := protoDuration(s)
+		if err != nil {
+			return fmt.Errorf("%s: %q is not a duration such as 30s or 5m", key, s)
+		}
+		m[key] = d
+	}
+	name, _ := m["name"].(string)
+	if !policyPattern.MatchString(name) {
+		return fmt.Errorf("name: %q is not up to 40 of a-z, 0-9 and hyphens", name)
+	}
+	m["name"] = resource("policies", name)
+	return nil
 }

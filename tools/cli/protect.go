@@ -9,6 +9,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 
+	"github.com/landfall-dr/landfall/libs/errcat"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -42,7 +43,7 @@ func (a *app) protectCommand() *cobra.Command {
 			return a.followJob(cmd.Context(), r.Job, wait)
 		},
 	}
-	c.Flags().StringVar(&policy, "policy", "default", "replication policy")
+	c.Flags().StringVar(&policy, "policy", defaultPolicy, "replication policy")
 	c.Flags().BoolVar(&wait, "wait", false, "wait until the machine is protected, with progress")
 	c.Flags().BoolVar(&check, "check", false, "run the prerequisite checks only")
 	return c
@@ -64,7 +65,16 @@ func (a *app) unprotectCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.followJob(cmd.Context(), r.Job, wait)
+			if err := a.followJob(cmd.Context(), r.Job, wait); err != nil || !wait {
+				return err
+			}
+			return a.settled(cmd, func(ctx context.Context) (bool, error) { // who waited may protect the machine again next
+				g, err := client.GetProtectedVm(ctx, &schedulerv1.GetProtectedVmRequest{Vm: r.Job.Target})
+				if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED) {
+					return true, nil
+				}
+				return g.GetVm().GetState() != typesv1.ProtectionState_PROTECTION_STATE_DISABLING, err
+			})
 		},
 	}
 	c.Flags().BoolVar(&wait, "wait", false, "wait for the job")

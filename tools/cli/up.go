@@ -10,13 +10,21 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/program"
 	"github.com/landfall-dr/landfall/libs/telemetry"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	"github.com/landfall-dr/landfall/tools/allinone"
+)
+
+// The policy that a new state folder has.
+const (
+	defaultPolicy   = "default"
+	defaultInterval = 30 * time.Second
 )
 
 // memoryLimit is the soft limit of `landfall up`, in bytes: six services in one process.
@@ -64,6 +72,9 @@ disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
 				if err := WriteClientConfig(o.State, client); err != nil {
 					tel.Logger.Error("write client configuration", "error", err)
 				}
+				if err := a.firstPolicy(ctx); err != nil {
+					tel.Logger.Warn("make policy default", "error", err)
+				}
 				fmt.Fprintf(a.out, "landfall is up: API %s, state %s\n", address, o.State)
 			}
 			err = allinone.Run(ctx, o)
@@ -84,6 +95,24 @@ disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
 	f.StringVar(&endpoint, "trace-endpoint", "", "OTLP collector, for example http://127.0.0.1:4317")
 	_ = c.MarkFlagRequired("images")
 	return c
+}
+
+// firstPolicy makes the policy that `landfall protect` uses unless told otherwise, where there is no policy at all.
+func (a *app) firstPolicy(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	client, err := a.policies(ctx)
+	if err != nil {
+		return err
+	}
+	have, err := client.ListPolicies(ctx, &schedulerv1.ListPoliciesRequest{PageSize: 1})
+	if err != nil || len(have.Policies) > 0 {
+		return err
+	}
+	_, err = client.ApplyPolicy(ctx, &schedulerv1.ApplyPolicyRequest{Policy: &schedulerv1.Policy{
+		Name: resource("policies", defaultPolicy), CopyInterval: durationpb.New(defaultInterval),
+	}})
+	return err
 }
 
 func (a *app) versionCommand() *cobra.Command {

@@ -71,6 +71,7 @@ func (a *app) vmsCommand() *cobra.Command {
 			}
 			v, err := pick(r, args[0])
 			if err != nil {
+				a.printFindings(r.Problems) // it may be there and not be readable
 				return err
 			}
 			return a.print(v, func(w io.Writer) {
