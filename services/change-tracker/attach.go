@@ -33,7 +33,6 @@ func (m *machine) load() error {
 	damage := m.loadTables(r.Lineage)
 	if r.Clean && damage == nil {
 		damage = m.resume()
-		m.resumed = damage == nil
 	} else if damage == nil {
 		damage = m.recover()
 	}
@@ -245,7 +244,7 @@ func (m *machine) resume() error {
 func (m *machine) recover() error {
 	for _, d := range m.disks {
 		// The page cache of the process that died may be all that holds a write that was shipped.
-		if err := d.img.Sync(); err != nil {
+		if err := d.sync(); err != nil {
 			return fmt.Errorf("flush image of %s: %w", d.id, err)
 		}
 		if m.rec.Load().Reason == None || m.rec.Load().Pass != nil {
@@ -344,14 +343,12 @@ func (m *machine) startLogs() {
 	if !m.rec.Load().tracked() {
 		return
 	}
-	o := m.open.Load()
 	next := m.nextLogs(func(d *disk) uuid.UUID {
 		if n := len(d.pending); n > 0 {
 			return d.pending[n-1].rec.ID
 		}
-		if o != nil && m.resumed && len(o.logs[d.id]) > 0 {
-			return o.logs[d.id][len(o.logs[d.id])-1].rec.ID
-		}
+		// A disk that logged to its end has its last log pending. One without was degraded: there is a gap between an
+		// open point's logs and this one.
 		return uuid.Nil
 	})
 	for i, d := range m.disks {
@@ -372,6 +369,7 @@ func (m *machine) startLogs() {
 func (m *machine) unload() error {
 	m.ctl.Lock()
 	defer m.ctl.Unlock()
+	m.ended = true
 	m.gate.Lock()
 	defer m.gate.Unlock()
 	m.wg.Wait()
@@ -401,18 +399,19 @@ func (m *machine) unload() error {
 
 // settleBrokenLocked puts a failure met by guest writes into c.
 func (m *machine) settleBrokenLocked(c *record) error {
-	if cause := m.broken.Load(); cause != nil && c.Reason == None {
-		c.Reason, c.Detail = TrackingBroken, (*cause).Error()
-		return m.save(c.clone())
+	cause := m.broken.Load()
+	if cause == nil || c.Reason != None && c.Pass == nil {
+		return nil
 	}
-	return nil
+	c.lose(TrackingBroken, (*cause).Error())
+	return m.save(c.clone())
 }
 
 // close writes the record of a clean end. It needs ctl and the gate.
 func (m *machine) close(c *record) error {
 	c.Clean, c.Pending, c.Prints = true, map[string][]logRecord{}, map[string]print{}
 	for _, d := range m.disks {
-		if err := d.img.Sync(); err != nil {
+		if err := d.sync(); err != nil {
 			return fmt.Errorf("flush image of %s: %w", d.id, err)
 		}
 		d.logMu.Lock()

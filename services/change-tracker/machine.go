@@ -28,8 +28,8 @@ type machine struct {
 	// broken is the first failure that costs the baseline, until setResync has recorded it.
 	broken atomic.Pointer[error]
 	wg     sync.WaitGroup // background work on files
-	// resumed: attached after a clean detach, so an open point's logs have no gap behind them.
-	resumed bool
+	// ended: unloaded; a call that still waited for ctl must not touch what the record calls clean. Guarded by ctl.
+	ended bool
 }
 
 // openPoint is an unsettled cut.
@@ -77,6 +77,8 @@ func (m *machine) save(r *record) error {
 func (m *machine) admit(lineage string, epoch uint64) error {
 	r := m.rec.Load()
 	switch {
+	case m.ended:
+		return fmt.Errorf("%w: machine %s", ErrUnavailable, m.id)
 	case r.Lineage == "":
 		return fmt.Errorf("%w: machine %s", ErrNotTracking, m.id)
 	case r.Lineage != lineage:
@@ -135,13 +137,7 @@ func (m *machine) settleBroken() error {
 // ctl.
 func (m *machine) setResync(reason Reason, detail string) error {
 	c := m.rec.Load().clone()
-	c.Reason, c.Detail = reason, detail
-	if c.Pass != nil {
-		p := *c.Pass
-		p.Phase = Abandoned
-		c.settle(p)
-		c.Pass = nil
-	}
+	c.lose(reason, detail)
 	if err := m.save(c); err != nil {
 		return err
 	}

@@ -309,3 +309,18 @@ func TestCleanRestartGoesOnAndOfflineEditIsSeen(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, s.point())
 }
+
+// A call that waited while the machine was closed must not change what the record calls clean.
+func TestCallsAfterTheEndChangeNothing(t *testing.T) {
+	s := newScript(t, none)
+	s.write(0, 1)
+	m := s.machine()
+	require.NoError(t, s.k.Close())
+	_, err := m.cut(simLineage, s.w.next, 1)
+	require.ErrorIs(t, err, ErrUnavailable)
+	_, err = m.beginPass(simLineage, s.w.next, 1, DirtyOnly)
+	require.ErrorIs(t, err, ErrUnavailable)
+	require.ErrorIs(t, m.settle(simLineage, s.w.next, 1, Abandoned), ErrUnavailable)
+	s.boot()
+	require.Empty(t, s.point())
+}
