@@ -107,12 +107,13 @@ func TestKillAtEveryStep(t *testing.T) {
 	}
 }
 
-// A process may die at every call to storage, before or after its effect (here in turns).
+// A process may die at every call to storage, before or after its effect (in turns). LANDFALL_CRASH_RUNS=1 tries every
+// call, not every third.
 func TestKillAtEveryStoreCall(t *testing.T) {
 	g := newRig(t)
-	stride := int64(1)
-	if testing.Short() {
-		stride = 5
+	stride := int64(3)
+	if os.Getenv("LANDFALL_CRASH_RUNS") != "" {
+		stride = 1
 	}
 	for n := int64(1); ; n += stride {
 		fault := blobstoretest.Crash
