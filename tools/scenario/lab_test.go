@@ -26,7 +26,15 @@ import (
 	"github.com/landfall-dr/landfall/tools/nbdclient"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// runAsLandfall, set in the environment, makes this test program the landfall program: the same code, one build.
+const runAsLandfall = "LANDFALL_SCENARIO_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runAsLandfall) != "" {
+		os.Exit(cli.Main(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	mib = 1 << 20
