@@ -68,7 +68,7 @@ func readFile(t *testing.T, path string) []byte {
 // sameBytes compares without printing megabytes.
 func sameBytes(t *testing.T, want, got []byte) {
 	t.Helper()
-	require.Equal(t, len(want), len(got))
+	require.Len(t, got, len(want))
 	if bytes.Equal(want, got) {
 		return
 	}

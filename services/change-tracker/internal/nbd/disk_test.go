@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -259,7 +258,7 @@ func (p *peer) take(n int) []byte {
 func (p *peer) gone() {
 	p.t.Helper()
 	_, err := io.Copy(io.Discard, p)
-	require.False(p.t, errors.Is(err, os.ErrDeadlineExceeded), "the server kept the connection")
+	require.NotErrorIs(p.t, err, os.ErrDeadlineExceeded, "the server kept the connection")
 }
 
 func (p *peer) greet() {
@@ -310,7 +309,7 @@ func (p *peer) ask(opt uint32, data []byte) (replies []optionReply) {
 	p.send(wireOption(opt, data))
 	for {
 		h := p.take(20)
-		require.EqualValues(p.t, uint64(magicReply), binary.BigEndian.Uint64(h))
+		require.Equal(p.t, uint64(magicReply), binary.BigEndian.Uint64(h))
 		require.Equal(p.t, opt, binary.BigEndian.Uint32(h[8:]))
 		r := optionReply{binary.BigEndian.Uint32(h[12:]), p.take(int(binary.BigEndian.Uint32(h[16:])))}
 		replies = append(replies, r)

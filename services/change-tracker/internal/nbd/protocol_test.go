@@ -32,7 +32,7 @@ func TestDefaultExport(t *testing.T) {
 	two := h.peer(t)
 	two.greet()
 	r := two.ask(optGo, wireInfo(""))
-	require.EqualValues(t, uint32(errUnknown), r[0].Kind)
+	require.Equal(t, uint32(errUnknown), r[0].Kind)
 	require.Contains(t, string(r[0].Data), "vm/data, vm/os")
 	two.agree(optInfo, wireInfo("vm/data")) // a refusal leaves the negotiation open
 	two.send(wireOption(optExportName, nil))
@@ -40,7 +40,7 @@ func TestDefaultExport(t *testing.T) {
 
 	none := serveDisks(t, diskSet{}).peer(t)
 	none.greet()
-	require.EqualValues(t, uint32(errUnknown), none.ask(optInfo, wireInfo(""))[0].Kind)
+	require.Equal(t, uint32(errUnknown), none.ask(optInfo, wireInfo(""))[0].Kind)
 }
 
 func TestNegotiation(t *testing.T) {
@@ -49,11 +49,11 @@ func TestNegotiation(t *testing.T) {
 	slow.fast = false
 	p := serveDisks(t, diskSet{"vm/os": d, "vm/slow": slow}).peer(t)
 	p.greet()
-	require.EqualValues(t, uint32(errUnsup), p.ask(5, nil)[0].Kind) // STARTTLS
-	require.EqualValues(t, uint32(errInvalid), p.ask(optSetMeta, wireMeta("vm/os", contextName))[0].Kind, "before structured replies")
-	require.EqualValues(t, uint32(errUnknown), p.ask(optGo, wireInfo("vm/none"))[0].Kind)
-	require.EqualValues(t, uint32(errTooBig), p.ask(optGo, make([]byte, maxOption+1))[0].Kind)
-	require.EqualValues(t, uint32(errInvalid), p.ask(optGo, []byte{0, 0, 0, 9, 'x', 0, 0})[0].Kind)
+	require.Equal(t, uint32(errUnsup), p.ask(5, nil)[0].Kind) // STARTTLS
+	require.Equal(t, uint32(errInvalid), p.ask(optSetMeta, wireMeta("vm/os", contextName))[0].Kind, "before structured replies")
+	require.Equal(t, uint32(errUnknown), p.ask(optGo, wireInfo("vm/none"))[0].Kind)
+	require.Equal(t, uint32(errTooBig), p.ask(optGo, make([]byte, maxOption+1))[0].Kind)
+	require.Equal(t, uint32(errInvalid), p.ask(optGo, []byte{0, 0, 0, 9, 'x', 0, 0})[0].Kind)
 	require.Len(t, p.agree(optList, nil), 3)
 
 	flags := func(name string) uint16 {
