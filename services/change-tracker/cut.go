@@ -166,6 +166,7 @@ func (d *disk) swap(next *logFile) []*logFile {
 		next.rec.Previous = uuid.Nil
 	}
 	d.transit += d.logBytes
+	d.limbo = true // until opened or takeBack
 	chain := d.takeChain()
 	d.active = next
 	if next == nil {
@@ -183,7 +184,7 @@ func (d *disk) opened(logs []*logFile) {
 	for _, l := range logs {
 		d.coolGen = max(d.coolGen, l.gen)
 	}
-	d.warned = 0
+	d.warned, d.limbo = 0, false
 }
 
 // commitCut seals the logs and writes the point's record: then the cut has happened.
@@ -253,6 +254,7 @@ func (m *machine) takeBack(o *openPoint) {
 		} else if len(logs) > 0 {
 			d.giveUp(logs)
 		}
+		d.limbo = false
 		d.logMu.Unlock()
 	}
 	c := m.rec.Load().clone()
@@ -390,6 +392,7 @@ func (d *disk) keep(logs []*logFile) error {
 	}
 	d.logMu.Lock()
 	joins, gen := d.mayJoin(logs), d.gen
+	d.limbo = true // until rejoin
 	d.logMu.Unlock()
 	for _, l := range logs {
 		bits, err := l.extents(d)
@@ -414,6 +417,7 @@ func (d *disk) rejoin(logs []*logFile) {
 	d.logMu.Lock()
 	defer d.logMu.Unlock()
 	d.transit = 0
+	d.limbo = false
 	if len(logs) == 0 {
 		return
 	}

@@ -49,12 +49,14 @@ type disk struct {
 	table  atomic.Pointer[sidecar.Table]
 	mode   atomic.Int32
 	ranges rangeLock
+	flush  flusher
 
 	logMu    sync.Mutex
 	active   *logFile   // not nil while logging
 	pending  []*logFile // sealed, older, of no open point
 	gen      uint64     // of the newest log
 	coolGen  uint64     // logs up to here hold no extent hot
+	limbo    bool       // logs are in neither the chain nor a durable record: nothing may be cooled
 	number   int        // of the newest log's file
 	logBytes int64      // data in active and pending
 	transit  int64      // data in the logs of the open point
@@ -79,14 +81,57 @@ func (d *disk) FastZero() bool { return punchesHoles }
 func (d *disk) Flush() error {
 	t := d.table.Load()
 	if t == nil {
-		return d.img.Sync()
+		return d.sync()
 	}
 	token := t.FlushBegins()
-	if err := d.img.Sync(); err != nil {
+	if err := d.sync(); err != nil {
 		return err
 	}
 	t.FlushEnds(token)
 	return nil
+}
+
+// sync flushes the image. The kernel tells of lost data once, to whoever asks first, and then calls the pages clean: so
+// after one failure all fail until the image is attached again, and the baseline is lost.
+func (d *disk) sync() error {
+	err := d.flush.do(d.img.Sync)
+	if err != nil && d.m.rec.Load() != nil {
+		d.m.fail(fmt.Errorf("disk %s: flush of the image failed: %w", d.id, err))
+	}
+	return err
+}
+
+// flusher lets those who wait for a flush share the next one, and remembers a failure for ever.
+type flusher struct {
+	mu             sync.Mutex
+	cond           *sync.Cond
+	running        bool
+	begun, flushed uint64
+	err            error
+}
+
+// do returns when a call of flush that began after do was called has ended.
+func (f *flusher) do(flush func() error) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cond == nil {
+		f.cond = sync.NewCond(&f.mu)
+	}
+	need := f.begun + 1
+	for f.flushed < need && f.err == nil {
+		if f.running {
+			f.cond.Wait()
+			continue
+		}
+		f.running = true
+		f.begun++
+		f.mu.Unlock()
+		err := flush()
+		f.mu.Lock()
+		f.running, f.flushed, f.err = false, f.begun, err
+		f.cond.Broadcast()
+	}
+	return f.err
 }
 
 // WriteAt writes p at off, durably if fua.
@@ -291,8 +336,12 @@ func (d *disk) cool() error {
 		return nil
 	}
 	d.logMu.Lock()
-	gen := d.coolGen
+	gen, limbo := d.coolGen, d.limbo
 	d.logMu.Unlock()
+	if limbo {
+		// A disk that degrades meanwhile raises coolGen beyond the logs in limbo. They cool with the next point.
+		return nil
+	}
 	if d.m.t.bugs.coolOnSeal {
 		t.CoolUnflushed(gen)
 		return t.Commit()

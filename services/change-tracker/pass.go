@@ -48,8 +48,6 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 
 	c := r.clone()
 	c.Pass = &Point{Ordinal: ordinal, Phase: beginning, Scope: scope, Base: r.Base, Epoch: epoch}
-	c.FullSeen = r.FullSeen || scope != DirtyOnly
-	c.SkipZeros = scope == Full && !r.FullSeen
 	if err := m.save(c); err != nil {
 		return Point{}, err
 	}
@@ -67,7 +65,7 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 	dropped, unflushed := m.beginMarks(scope)
 	for _, d := range unflushed {
 		// What was written before tracking began is not hot; it must not be able to fall back (I-1).
-		if err := d.img.Sync(); err != nil {
+		if err := d.sync(); err != nil {
 			return Point{}, fmt.Errorf("flush image of %s: %w", d.id, err)
 		}
 	}
@@ -96,8 +94,17 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 // renewTables makes sidecars where they are missing or unusable. It needs ctl, and mode off where it makes one.
 func (m *machine) renewTables() error {
 	for _, d := range m.disks {
-		if t := d.table.Load(); t != nil && t.Err() == nil {
+		t := d.table.Load()
+		if t != nil && t.Err() == nil {
 			continue
+		}
+		if t != nil && d.getMode() != off {
+			// It failed in the background. Its marks are all that is known, and are in no file.
+			m.sidecarFailed(d, t.Err())
+			if err := m.settleBroken(); err != nil {
+				return err
+			}
+			return fmt.Errorf("%w: the sidecar of disk %s failed", ErrResyncRequired, d.id)
 		}
 		t, err := d.createTable(m.rec.Load().Lineage)
 		if err != nil {
@@ -274,7 +281,7 @@ func (m *machine) finishPass() error {
 			m.fail(fmt.Errorf("disk %s: %w", d.id, err))
 		}
 	}
-	c.Pass, c.SkipZeros = nil, false
+	c.Pass = nil
 	if err := m.save(c); err != nil {
 		// The outcome is durable and the marks are moved: only the reminder stays, and is harmless.
 		m.rec.Store(c)

@@ -190,14 +190,11 @@ func (m *machine) readRanges(ctx context.Context, lineage string, pass uint64, d
 	if r.Pass == nil || r.Pass.Phase != Open || r.Pass.Ordinal != pass {
 		return fmt.Errorf("%w: %d", ErrPassNotOpen, pass)
 	}
-	skipZeros := r.SkipZeros
-	if len(ranges) > 0 {
-		skipZeros = false
-	} else if r.Pass.Scope != Compare {
+	if len(ranges) == 0 && r.Pass.Scope != Compare {
 		ranges = d.table.Load().Ranges(sidecar.Pass, window)
 	}
 	zero := func(at extent.Range) error {
-		if skipZeros || at.Empty() {
+		if at.Empty() {
 			return nil
 		}
 		return emit(Chunk{Range: at})

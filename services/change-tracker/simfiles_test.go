@@ -33,8 +33,9 @@ type simFiles struct {
 	left  int  // operations until death; negative for never
 	full  bool // the volume is full
 
-	noReplace bool // Replace dies
-	noMarks   bool // writes to sidecars fail
+	noReplace bool              // Replace dies
+	noMarks   bool              // writes to sidecars fail
+	onReplace func(path string) // called before Replace
 }
 
 const simSector = 512
@@ -348,6 +349,9 @@ func (s *simFiles) ReadFile(path string) ([]byte, error) {
 }
 
 func (s *simFiles) Replace(path string, content []byte) error {
+	if f := s.onReplace; f != nil {
+		f(path)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.noReplace {

@@ -106,10 +106,6 @@ type record struct {
 	Pass     *Point  `json:"pass,omitempty"`
 	Reason   Reason  `json:"resync_reason,omitempty"`
 	Detail   string  `json:"resync_detail,omitempty"`
-	// FullSeen: a FULL pass of this lineage was begun, so the target may hold what the source no longer has.
-	FullSeen bool `json:"full_seen,omitempty"`
-	// SkipZeros: the open pass is the first FULL of the lineage, so its target holds nothing but zeros.
-	SkipZeros bool `json:"skip_zeros,omitempty"`
 	// Clean: closed in good order. Pending and Prints mean something only then.
 	Clean   bool                   `json:"clean"`
 	Pending map[string][]logRecord `json:"pending,omitempty"`
@@ -143,6 +139,17 @@ func (r *record) settle(p Point) {
 	for len(r.Outcomes) > maxOutcomes {
 		r.Floor = max(r.Floor, r.Outcomes[0].Ordinal)
 		r.Outcomes = r.Outcomes[1:]
+	}
+}
+
+// lose records that the baseline is not trusted any more, and gives up the pass in hand.
+func (r *record) lose(reason Reason, detail string) {
+	r.Reason, r.Detail = reason, detail
+	if r.Pass != nil {
+		p := *r.Pass
+		p.Phase = Abandoned
+		r.settle(p)
+		r.Pass = nil
 	}
 }
 
