@@ -37,7 +37,11 @@ func (a *app) hrlCommand() *cobra.Command {
 				out = buffered
 			}
 			if err := hrl.InspectFile(cmd.Context(), args[0], out, format); err != nil {
-				return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TRACKING_BROKEN, err, "inspect %s", args[0])
+				reason := typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT
+				if errors.Is(err, hrl.ErrCorrupt) || errors.Is(err, hrl.ErrTruncated) {
+					reason = typesv1.ErrorReason_ERROR_REASON_TRACKING_BROKEN
+				}
+				return errcat.Wrap(reason, err, "inspect %s", args[0])
 			}
 			if buffered != nil {
 				var v any
@@ -93,6 +97,9 @@ func (a *app) diskCommand() *cobra.Command {
 				return err
 			}
 			defer d.Close()
+			if a.format == "table" {
+				fmt.Fprint(a.out, "OFFSET\tLENGTH\n")
+			}
 			ranges := []map[string]int64{}
 			for r, err := range d.Extents(cmd.Context(), extent.Range{Len: d.Size()}) {
 				if err != nil {

@@ -210,7 +210,8 @@ func describe(w io.Writer, v *schedulerv1.ProtectedVm) {
 	c := v.GetCounters()
 	row(w, "Points:", fmt.Sprintf("%d received, %d abandoned, %d cycles missed", c.GetPoints(), c.GetAbandonedPoints(), c.GetMissedCycles()))
 	row(w, "Passes:", fmt.Sprintf("%d full, %d over dirty extents, %d comparing", c.GetFullPasses(), c.GetDirtyPasses(), c.GetComparePasses()))
-	row(w, "Shipped:", fmt.Sprintf("%s for %s changed", human(c.GetShippedBytes()), human(c.GetChangedBytes())))
+	row(w, "Changed:", human(c.GetChangedBytes())+" in deltas, each block once a cycle")
+	row(w, "Shipped:", human(c.GetShippedBytes())+" of segments, copies and deltas")
 	row(w, "Lineage:", v.Lineage)
 }
 

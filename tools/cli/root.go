@@ -84,13 +84,18 @@ Then:        landfall vms                  (what can be protected)
 		SilenceUsage:  true,
 	}
 	root.PersistentFlags().StringVarP(&a.format, "output", "o", "table", "output format: table, json or yaml")
-	root.PersistentFlags().StringVar(&a.state, "state", defaultState(), "folder where `landfall up` keeps its state, with client.yaml for this command")
+	root.PersistentFlags().StringVar(&a.state, "state", defaultState(), "folder where 'landfall up' keeps its state, with client.yaml for this command; also LANDFALL_STATE")
+	root.Args = cobra.NoArgs // an unknown command is wrong usage
+	root.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		if err := cmd.ValidateRequiredFlags(); err != nil {
+			return &usageError{err, cmd.UsageString()}
+		}
 		switch a.format {
 		case "table", "json", "yaml":
 			return nil
 		}
-		return &usageError{fmt.Errorf("output format %q is not table, json or yaml", a.format), ""}
+		return &usageError{fmt.Errorf("output format %q is not table, json or yaml", a.format), cmd.UsageString()}
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return &usageError{err, c.UsageString()} })
 	root.CompletionOptions.HiddenDefaultCmd = true

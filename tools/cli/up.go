@@ -47,6 +47,11 @@ disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
 		Example: "  landfall up --images /srv/vms\n  landfall up --images ./vms --state ./state --listen 127.0.0.1:7443",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
+			if info, err := os.Stat(o.Images); err != nil {
+				return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "--images")
+			} else if !info.IsDir() {
+				return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "--images: %s is not a folder", o.Images)
+			}
 			if err := failpoint.Arm(os.Getenv("LANDFALL_FAILPOINTS")); err != nil {
 				return err
 			}

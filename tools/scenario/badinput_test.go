@@ -23,6 +23,9 @@ import (
 // rpoLine grows by itself.
 var rpoLine = regexp.MustCompile(`(?m)^ *"rpo":.*$`)
 
+// rpoText is the same in tables.
+var rpoText = regexp.MustCompile(`(?m)(RPO: |protected normal )[0-9.µnm]+s`)
+
 // left is everything that a command may leave behind, as text.
 func (l *lab) left() string {
 	l.t.Helper()

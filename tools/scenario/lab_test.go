@@ -262,6 +262,7 @@ var patterns = []struct {
 	{regexp.MustCompile(`127\.0\.0\.1:\d+`), "127.0.0.1:<port>"},
 	{regexp.MustCompile(`\.landfall-probe-\d+`), ".landfall-probe-<n>"},
 	{regexp.MustCompile(`\d+(\.\d+)? [KMG]iB/s  ETA \S+`), "<rate>"},
+	{regexp.MustCompile(`(?m)(no connection to \S+: ).*connection refused"?$`), "$1<error>"},
 	{regexp.MustCompile(`(?m)[ \t]+$`), ""},
 }
 
