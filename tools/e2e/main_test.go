@@ -45,6 +45,7 @@ const (
 	uploader2    = "uploader-2"
 	resync       = "resync-engine"
 	scheduler    = "scheduler"
+	scheduler2   = "scheduler-2"
 	orchestrator = "failover-orchestrator"
 )
 

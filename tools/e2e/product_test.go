@@ -46,7 +46,7 @@ type form struct {
 
 var forms = []form{
 	{"up", newUp},
-	{"fleet", func(t testing.TB) *product { return newFleet(t, 2) }},
+	{"fleet", func(t testing.TB) *product { return newFleet(t, true) }},
 }
 
 func newProduct(t testing.TB) *product {
@@ -86,8 +86,9 @@ func newUp(t testing.TB) *product {
 	return p
 }
 
-// newFleet is a nats-server and the six programs, each with its own certificate and configuration.
-func newFleet(t testing.TB, uploaders int) *product {
+// newFleet is a nats-server and the six programs, each with its own certificate and configuration. Twins adds a second
+// uploader and a standby scheduler.
+func newFleet(t testing.TB, twins bool) *product {
 	p := newProduct(t)
 	authority, err := pki.Open(filepath.Join(p.dir, "pki"), time.Now)
 	require.NoError(t, err)
@@ -109,7 +110,7 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 	p.add(natsServer, program(t, natsServer), "LANDFALL_UNUSED", "-c", conf)
 
 	address := map[string]string{}
-	for _, name := range append([]string{uploader2}, services...) {
+	for _, name := range append([]string{uploader2, scheduler2}, services...) {
 		address[name] = freeAddr(t)
 	}
 	sections := map[string]map[string]any{
@@ -121,8 +122,8 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 		orchestrator: {"lease_ttl": "2s", "retry_delay": "500ms"},
 	}
 	names := services
-	if uploaders > 1 {
-		names = append(append([]string(nil), services...), uploader2)
+	if twins {
+		names = append(append([]string(nil), services...), uploader2, scheduler2)
 	}
 	for _, name := range names {
 		service := strings.TrimSuffix(name, "-2")
