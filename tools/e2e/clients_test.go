@@ -21,7 +21,7 @@ func TestForeignWriters(t *testing.T) {
 	qemuIO, qemuImg, nbdcopy := tool(t, "qemu-io"), tool(t, "qemu-img"), tool(t, "nbdcopy")
 	for _, f := range forms {
 		t.Run(f.name, func(t *testing.T) {
-			ctx, cancel := context.WithDeadline(t.Context(), testkit.Deadline(t))
+			ctx, cancel := context.WithTimeout(t.Context(), overall)
 			defer cancel()
 			run := func(name string, args ...string) {
 				t.Helper()

@@ -22,6 +22,9 @@ var binaries struct {
 	err error
 }
 
+// overall bounds a test that is not made of many runs.
+const overall = 5 * time.Minute
+
 func TestMain(m *testing.M) {
 	code := m.Run()
 	if binaries.dir != "" {

@@ -2,11 +2,11 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
 	"strconv"
-	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -80,7 +80,7 @@ func (m *machine) healthy() error {
 	select {
 	case err := <-m.written:
 		m.written <- err
-		return fmt.Errorf("the guest stopped: %v", err)
+		return errors.Join(errors.New("the guest stopped"), err)
 	default:
 		return nil
 	}
@@ -269,5 +269,3 @@ func (m *machine) only(ctx context.Context, full, comparing int64) error {
 	}
 	return nil
 }
-
-var _ testing.TB = (*testing.T)(nil)

@@ -53,7 +53,7 @@ func (p *process) start(failpoints string) error {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if !p.expected && p.ended == nil {
-			p.ended = fmt.Errorf("%s ended by itself: %v", p.name, err)
+			p.ended = errors.Join(fmt.Errorf("%s ended by itself", p.name), err)
 		}
 		p.cmd = nil
 		close(done)

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -308,5 +307,3 @@ func (p *product) protect(ctx context.Context) {
 	require.NoError(p.t, p.landfall(ctx, nil, "policy", "apply", "-f", file))
 	require.NoError(p.t, p.landfall(ctx, nil, "protect", machineName, "--policy", "e2e", "--wait"))
 }
-
-var _ io.ReaderAt = readerAt{}

@@ -8,7 +8,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/replica"
-	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
 // TestEveryPointIsWhatTheGuestHad protects a machine that is being written to and holds every received point against
@@ -16,7 +15,7 @@ import (
 func TestEveryPointIsWhatTheGuestHad(t *testing.T) {
 	for _, f := range forms {
 		t.Run(f.name, func(t *testing.T) {
-			ctx, cancel := context.WithDeadline(t.Context(), testkit.Deadline(t))
+			ctx, cancel := context.WithTimeout(t.Context(), overall)
 			defer cancel()
 			p := f.make(t)
 			m := newMachine(p, 1, 48*mib, 32*mib)
