@@ -51,7 +51,8 @@ type Options struct {
 	OnReady func(address string)
 	// Signals replaces the process's signals, for tests; a channel that never delivers leaves the end to ctx.
 	Signals <-chan os.Signal
-	// DrainDelay is how long the API goes on serving after it has said that it will stop.
+	// DrainDelay is how long the API goes on serving after it has said that it will stop; zero is not at all, since
+	// nobody balances load to one process.
 	DrainDelay time.Duration
 }
 
@@ -212,9 +213,13 @@ func (p *parts) run(ctx context.Context) error {
 			needs = append(needs, name)
 		}
 	}
+	drain := o.DrainDelay
+	if drain == 0 {
+		drain = -1 // lifecycle's zero is the fleet's default
+	}
 	var once sync.Once
 	return lifecycle.Run(ctx, lifecycle.Options{
-		DrainDelay: o.DrainDelay, Logger: o.Logger, Signals: o.Signals,
+		DrainDelay: drain, Logger: o.Logger, Signals: o.Signals,
 		OnReady: func() {
 			once.Do(func() {
 				if o.OnReady != nil {

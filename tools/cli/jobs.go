@@ -143,7 +143,8 @@ func (a *app) followJob(ctx context.Context, j *typesv1.Job, wait bool) error {
 		}
 		if ctx.Err() != nil {
 			p.done()
-			return fmt.Errorf("stopped waiting; job %s goes on", last(j.Name))
+			fmt.Fprintf(a.err, "stopped waiting; the job goes on: landfall jobs show %s --watch\n", last(j.Name))
+			return errSilent
 		}
 		if attempt++; attempt > 10 && !errors.Is(err, io.EOF) {
 			p.done()

@@ -140,7 +140,7 @@ func (a *app) readPolicy(file string) (*schedulerv1.Policy, error) {
 
 // protoPrefix is what the decoder says before what is wrong: its name, a space that varies on purpose, and a place in
 // JSON that nobody wrote.
-var protoPrefix = regexp.MustCompile(`^proto:\s*(\(line \d+:\d+\): )?`)
+var protoPrefix = regexp.MustCompile(`^proto:[\s\x{a0}]*(\(line \d+:\d+\): )?`)
 
 // policyPattern is a policy's short name.
 var policyPattern = regexp.MustCompile(`^(policies/)?[a-z0-9][a-z0-9-]{0,39}$`)

@@ -103,6 +103,8 @@ func (l *lab) web() {
 
 // up runs the product until the test ends or stop is called, which waits for its end.
 func (l *lab) up() {
+	begun := time.Now()
+	defer func() { l.t.Logf("up in %s", time.Since(begun).Round(time.Millisecond)) }()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, ended := make(chan struct{}), make(chan error, 1)
 	go func() {
@@ -125,6 +127,8 @@ func (l *lab) up() {
 			return
 		}
 		over = true
+		begun := time.Now()
+		defer func() { l.t.Logf("stopped in %s", time.Since(begun).Round(time.Millisecond)) }()
 		cancel()
 		select {
 		case err := <-ended:
