@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
-	"time"
 
 	"github.com/landfall-dr/landfall/tools/nbdclient"
 )
@@ -60,7 +59,7 @@ func coalesce(ctx context.Context, o *Options, folder string) (sample, error) {
 	if err := rewrite(ctx, p, o.Seed); err != nil {
 		return sample{}, err
 	}
-	cpu, begin := p.cpu(), time.Now()
+	begin := p.mark()
 	if err := p.cli(ctx, nil, "resume", machine); err != nil {
 		return sample{}, err
 	}
@@ -71,7 +70,7 @@ func coalesce(ctx context.Context, o *Options, folder string) (sample, error) {
 	if err != nil {
 		return sample{}, err
 	}
-	took := usage{wall: time.Since(begin), cpu: p.cpu() - cpu}
+	took := p.since(begin)
 	if _, err := p.drill(ctx, d.path); err != nil {
 		return sample{}, err
 	}

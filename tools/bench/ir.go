@@ -43,7 +43,7 @@ func initialReplication(_ context.Context, o *Options) ([]subject, error) {
 				return sample{}, err
 			}
 			out := allocated(info)
-			return sample{usage: u, in: d.data, out: out, figures: perData(u.cpu, out, d.data)}, sameDisk(ctx, landfall, d.path, to)
+			return sample{usage: u, in: d.data, out: out, figures: perData(u, out, d.data)}, sameDisk(ctx, landfall, d.path, to)
 		}
 		return s
 	}
@@ -63,10 +63,11 @@ func initialReplication(_ context.Context, o *Options) ([]subject, error) {
 	}, nil
 }
 
-func perData(cpu time.Duration, out, data int64) []figure {
+func perData(u usage, out, data int64) []figure {
 	return []figure{
 		{name: "bytes out / data", unit: "x", value: float64(out) / float64(data)},
-		{name: "CPU per GiB of data", unit: "s/GiB", value: cpu.Seconds() / float64(data) * gib},
+		{name: "CPU per GiB of data", unit: "s/GiB", value: u.cpu.Seconds() / float64(data) * gib},
+		{name: "of it outside the kernel", unit: "s/GiB", value: (u.cpu - u.system).Seconds() / float64(data) * gib},
 	}
 }
 
@@ -123,11 +124,11 @@ func (d disk) protect(ctx context.Context, bin, folder string) (sample, error) {
 		return sample{}, err
 	}
 	defer p.kill()
-	cpu, begin := p.cpu(), time.Now()
+	begin := p.mark()
 	if err := p.cli(ctx, nil, "protect", machine, "--policy", "bench", "--wait"); err != nil {
 		return sample{}, err
 	}
-	protected := usage{wall: time.Since(begin), cpu: p.cpu() - cpu, peak: p.proc.peakSoFar()}
+	protected := p.since(begin)
 	_, lineage, err := p.protectionState(ctx)
 	if err != nil {
 		return sample{}, err
@@ -135,7 +136,7 @@ func (d disk) protect(ctx context.Context, bin, folder string) (sample, error) {
 	if err := p.processed(ctx); err != nil {
 		return sample{}, err
 	}
-	processed, processedCPU := time.Since(begin), p.cpu()-cpu
+	processed := p.since(begin)
 	rto, err := p.drill(ctx, d.path)
 	if err != nil {
 		return sample{}, err
@@ -153,9 +154,12 @@ func (d disk) protect(ctx context.Context, bin, folder string) (sample, error) {
 		{name: "IR-BYTES (stored / data)", unit: "x", value: float64(got.stored) / data, most: 1.02},
 		{name: "IR-BYTES before compression", unit: "x", value: float64(got.raw) / data, most: 1.02},
 		{name: "IR-CPU (process, until protected)", unit: "s/GiB", value: protected.cpu.Seconds() / data * gib, most: 1.2},
-		{name: "CPU until processed", unit: "s/GiB", value: processedCPU.Seconds() / data * gib},
-		{name: "wall until processed", unit: "s", value: processed.Seconds()},
+		{name: "of it outside the kernel", unit: "s/GiB", value: (protected.cpu - protected.system).Seconds() / data * gib},
+		{name: "CPU until processed", unit: "s/GiB", value: processed.cpu.Seconds() / data * gib},
+		{name: "of it outside the kernel", unit: "s/GiB", value: (processed.cpu - processed.system).Seconds() / data * gib},
+		{name: "wall until processed", unit: "s", value: processed.wall.Seconds()},
 		{name: "test failover", unit: "s", value: rto.Seconds()},
+		{name: "peak memory until protected", unit: "MiB", value: float64(protected.peak) / mib},
 		{name: "peak memory (whole run)", unit: "MiB", value: float64(all.peak) / mib, most: 256},
 		{name: "segments", unit: "", value: float64(got.segments)},
 	}}

@@ -17,13 +17,14 @@ const sampleEvery = 10 * time.Millisecond
 
 // usage is what a program took.
 type usage struct {
-	wall, cpu time.Duration
+	// cpu is processor time in all, system the kernel's part of it.
+	wall, cpu, system time.Duration
 	// peak is the largest resident memory of one of its processes, in bytes; 0 where it is not known.
 	peak int64
 }
 
 func (u usage) plus(v usage) usage {
-	return usage{wall: u.wall + v.wall, cpu: u.cpu + v.cpu, peak: max(u.peak, v.peak)}
+	return usage{wall: u.wall + v.wall, cpu: u.cpu + v.cpu, system: u.system + v.system, peak: max(u.peak, v.peak)}
 }
 
 // process is a running program with its children.
@@ -98,7 +99,7 @@ func (p *process) peakSoFar() int64 {
 func (p *process) wait() (usage, error) {
 	<-p.done
 	s := p.cmd.ProcessState
-	u := usage{wall: p.ended.Sub(p.started), cpu: s.UserTime() + s.SystemTime(), peak: p.peakSoFar()}
+	u := usage{wall: p.ended.Sub(p.started), cpu: s.UserTime() + s.SystemTime(), system: s.SystemTime(), peak: p.peakSoFar()}
 	if p.err != nil {
 		return u, fmt.Errorf("%s: %w: %s", strings.Join(p.cmd.Args, " "), p.err, p.tail)
 	}

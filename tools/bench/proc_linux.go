@@ -47,25 +47,25 @@ func field(pid int, name string) int64 {
 	return 0
 }
 
-// cpuOf is the processor time that a running process has used, without its children.
-func cpuOf(pid int) (time.Duration, error) {
+// cpuOf is the processor time that a running process has used, without its children: in all, and the kernel's part.
+func cpuOf(pid int) (all, system time.Duration, err error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return 0, fmt.Errorf("processor time of %d: %w", pid, err)
+		return 0, 0, fmt.Errorf("processor time of %d: %w", pid, err)
 	}
 	words := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:]) // the name may hold spaces
 	if len(words) < 13 {
-		return 0, fmt.Errorf("processor time of %d: short record", pid)
+		return 0, 0, fmt.Errorf("processor time of %d: short record", pid)
 	}
-	var ticks int64
-	for _, w := range words[11:13] {
-		n, err := strconv.ParseInt(string(w), 10, 64)
-		if err != nil {
-			return 0, fmt.Errorf("processor time of %d: %w", pid, err)
-		}
-		ticks += n
+	user, err := strconv.ParseInt(string(words[11]), 10, 64)
+	if err != nil {
+		return 0, 0, fmt.Errorf("processor time of %d: %w", pid, err)
 	}
-	return time.Duration(ticks) * clockTick, nil
+	kernel, err := strconv.ParseInt(string(words[12]), 10, 64)
+	if err != nil {
+		return 0, 0, fmt.Errorf("processor time of %d: %w", pid, err)
+	}
+	return time.Duration(user+kernel) * clockTick, time.Duration(kernel) * clockTick, nil
 }
 
 // loadAverage is the one-minute load.

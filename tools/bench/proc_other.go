@@ -11,8 +11,8 @@ import (
 func peakOfTree(int) int64 { return 0 }
 
 // cpuOf is not measured here.
-func cpuOf(int) (time.Duration, error) {
-	return 0, errors.New("processor time of a running process is measured on Linux only")
+func cpuOf(int) (all, system time.Duration, err error) {
+	return 0, 0, errors.New("processor time of a running process is measured on Linux only")
 }
 
 // loadAverage is not known here.

@@ -85,9 +85,21 @@ func (p *product) kill() {
 	}
 }
 
-func (p *product) cpu() time.Duration {
-	d, _ := cpuOf(p.proc.cmd.Process.Pid) // 0 where it is not measured
-	return d
+// mark is the present instant in the product's life.
+type mark struct {
+	at          time.Time
+	cpu, system time.Duration
+}
+
+func (p *product) mark() mark {
+	all, system, _ := cpuOf(p.proc.cmd.Process.Pid) // 0 where it is not measured
+	return mark{at: time.Now(), cpu: all, system: system}
+}
+
+// since is what the product took since a mark; its peak memory is that of its whole life.
+func (p *product) since(m mark) usage {
+	now := p.mark()
+	return usage{wall: now.at.Sub(m.at), cpu: now.cpu - m.cpu, system: now.system - m.system, peak: p.proc.peakSoFar()}
 }
 
 // cli runs one command and decodes its JSON into out, if there is one.

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -47,12 +48,14 @@ type Row struct {
 	// Missing says why nothing was measured; empty when it was.
 	Missing string `json:"missing,omitempty"`
 	Runs    int    `json:"runs"`
-	// Wall and CPU are in seconds, Peak in bytes (0: not measured here), In and Out in bytes.
-	Wall Spread `json:"wall_seconds"`
-	CPU  Spread `json:"cpu_seconds"`
-	Peak Spread `json:"peak_bytes"`
-	In   int64  `json:"bytes_in"`
-	Out  int64  `json:"bytes_out"`
+	// Wall, CPU and System (the kernel's part of CPU) are in seconds, Peak in bytes (0: not measured here), In and
+	// Out in bytes.
+	Wall   Spread `json:"wall_seconds"`
+	CPU    Spread `json:"cpu_seconds"`
+	System Spread `json:"system_seconds"`
+	Peak   Spread `json:"peak_bytes"`
+	In     int64  `json:"bytes_in"`
+	Out    int64  `json:"bytes_out"`
 	// Check says how the result was checked; Failed says what was wrong with it.
 	Check   string   `json:"check"`
 	Failed  string   `json:"failed,omitempty"`
@@ -104,17 +107,17 @@ func (r *Report) Table(w io.Writer) error {
 	slices.Sort(scale)
 	fmt.Fprintf(w, "one core, MB/s: %s\n\n", strings.Join(scale, ", "))
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "ROW\tSUBJECT\tRUNS\tWALL s\tCPU s\tPEAK MiB\tIN MB\tOUT MB\tCHECK")
+	fmt.Fprintln(t, "ROW\tSUBJECT\tRUNS\tWALL s\tCPU s\tSYS s\tPEAK MiB\tIN MB\tOUT MB\tCHECK")
 	for _, row := range r.Rows {
 		if row.Missing != "" {
-			fmt.Fprintf(t, "%s\t%s\t-\t-\t-\t-\t-\t-\tMISSING: %s\n", row.Name, row.Subject, row.Missing)
+			fmt.Fprintf(t, "%s\t%s\t-\t-\t-\t-\t-\t-\t-\tMISSING: %s\n", row.Name, row.Subject, row.Missing)
 			continue
 		}
 		check := row.Check
 		if row.Failed != "" {
 			check = "FAILED: " + row.Failed
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.2f\t%s\t%s\t%s\t%s\n", row.Name, row.Subject, row.Runs, between(row.Wall), row.CPU.Median,
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%.2f\t%.2f\t%s\t%s\t%s\t%s\n", row.Name, row.Subject, row.Runs, between(row.Wall), row.CPU.Median, row.System.Median,
 			known(row.Peak.Median/mib), known(float64(row.In)/1e6), known(float64(row.Out)/1e6), check)
 	}
 	if err := t.Flush(); err != nil {
@@ -151,6 +154,6 @@ func known(v float64) string {
 	return fmt.Sprintf("%.1f", v)
 }
 
-func newReport(set string) *Report {
-	return &Report{Version: 1, Time: time.Now().UTC(), Set: set, Processor: processorName(), Cores: runtime.NumCPU(), Go: runtime.Version(), LoadBefore: loadAverage(), Scale: scale()}
+func newReport(ctx context.Context, o *Options) *Report {
+	return &Report{Version: 1, Time: time.Now().UTC(), Set: o.Set, Processor: processorName(), Cores: runtime.NumCPU(), Go: runtime.Version(), LoadBefore: loadAverage(), Scale: scale(ctx, o)}
 }
