@@ -69,8 +69,7 @@ type ChangeTrackerServiceClient interface {
 	// DIRTY takes what is dirty without data; COMPARE takes no range. Writes from here on are covered by the next pass or
 	// cut. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_OPEN, POINT_SETTLED.
 	BeginPass(ctx context.Context, in *BeginPassRequest, opts ...grpc.CallOption) (*BeginPassResponse, error)
-	// SettlePass ends a pass: COMMITTED forgets its ranges (and, for FULL and COMPARE, makes it the base), ABANDONED makes
-	// them dirty again. The first settle wins.
+	// SettlePass ends a pass: COMMITTED forgets its ranges and makes it the base, ABANDONED makes them dirty again. The first settle wins.
 	SettlePass(ctx context.Context, in *SettlePassRequest, opts ...grpc.CallOption) (*SettlePassResponse, error)
 	// ReadChanges streams the changes of one disk in an open point, ascending, coalesced (the last write wins). A broken
 	// stream is read again from resume_offset. Reasons: POINT_NOT_CUT, POINT_SETTLED, TRACKING_BROKEN.
@@ -274,8 +273,7 @@ type ChangeTrackerServiceServer interface {
 	// DIRTY takes what is dirty without data; COMPARE takes no range. Writes from here on are covered by the next pass or
 	// cut. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_OPEN, POINT_SETTLED.
 	BeginPass(context.Context, *BeginPassRequest) (*BeginPassResponse, error)
-	// SettlePass ends a pass: COMMITTED forgets its ranges (and, for FULL and COMPARE, makes it the base), ABANDONED makes
-	// them dirty again. The first settle wins.
+	// SettlePass ends a pass: COMMITTED forgets its ranges and makes it the base, ABANDONED makes them dirty again. The first settle wins.
 	SettlePass(context.Context, *SettlePassRequest) (*SettlePassResponse, error)
 	// ReadChanges streams the changes of one disk in an open point, ascending, coalesced (the last write wins). A broken
 	// stream is read again from resume_offset. Reasons: POINT_NOT_CUT, POINT_SETTLED, TRACKING_BROKEN.
