@@ -116,6 +116,9 @@ func (v *vmRun) adopt(ctx context.Context) (n next, done bool, err error) {
 	case !resyncing && idle && status.GetBase() > uint64(chain.StateOrdinal):
 		n, err = v.baselineLost(ctx, typesv1.ResyncReason_RESYNC_REASON_BASE_AHEAD, "the host's base is above the state of the chain")
 		return n, false, err
+	case !resyncing && (!initial || status.GetBase() != 0) && wentBack(status, chain):
+		n, err = v.baselineLost(ctx, typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST, wentBackDetail)
+		return n, false, err
 	}
 	if err := v.agree(ctx, status, chain); err != nil {
 		return next{}, false, err
@@ -127,6 +130,26 @@ func (v *vmRun) adopt(ctx context.Context) (n next, done bool, err error) {
 	}
 	v.m.status, v.m.reconciled, v.m.adoptedEpoch = status, true, v.rec.GetEpoch()
 	return next{}, true, nil
+}
+
+const wentBackDetail = "the host does not know what it shipped last: its disks or its tracking were put back to an earlier state"
+
+// wentBack reports whether the host has forgotten the cut or the pass that the chain's state comes from, as one does whose
+// volume was restored from a backup. Its base is then below the chain's state as after a point that committed late, but
+// that point the host remembers. What is older than all that it lists is not judged.
+func wentBack(status *typesv1.TrackingStatus, chain *replica.State) bool {
+	state := uint64(chain.StateOrdinal)
+	if status.GetBase() >= state {
+		return false
+	}
+	older := len(status.GetPoints()) == 0
+	for _, p := range status.GetPoints() {
+		if p.GetOrdinal() == state && len(p.GetDisks()) > 0 { // without disks: settled, and never cut
+			return false
+		}
+		older = older || p.GetOrdinal() < state
+	}
+	return older
 }
 
 // agree raises the record to what host and chain have seen.

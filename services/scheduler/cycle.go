@@ -156,6 +156,9 @@ func (v *vmRun) cut(ctx context.Context) (next, error) {
 	if err := failpoint.Hit(fpAfterCut); err != nil {
 		return next{}, err
 	}
+	if resp.GetPoint().GetBase() < v.m.status.GetBase() { // bases only grow
+		return v.baselineLost(ctx, typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST, wentBackDetail)
+	}
 	var bytes int64
 	for _, d := range resp.GetPoint().GetDisks() {
 		bytes += d.GetChangeBytes()

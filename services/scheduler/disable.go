@@ -88,7 +88,7 @@ func (v *vmRun) closeLineage(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, v.cfg.StorageTimeout)
 	defer cancel()
 	result, err := v.m.chain.Commit(ctx, replica.Proposal{
-		Kind: replica.KindClose, Failover: "disable-" + v.rec.GetLineage(), Reason: "protection ended",
+		Kind: replica.KindClose, Failover: disableFence(v.rec.GetLineage()), Reason: "protection ended",
 	})
 	if errors.Is(err, replica.ErrClosed) {
 		return "the lineage is closed already; its storage is kept", nil
@@ -98,6 +98,9 @@ func (v *vmRun) closeLineage(ctx context.Context) (string, error) {
 	}
 	return fmt.Sprintf("lineage %s closed by manifest %d; its storage is kept until it is deleted by hand", v.rec.GetLineage(), result.Seq), nil
 }
+
+// disableFence names the close that ends a protection.
+func disableFence(lineage string) string { return "disable-" + lineage }
 
 func (v *vmRun) disableFailed(ctx context.Context, cause error) (next, error) {
 	now := v.now()

@@ -35,7 +35,11 @@ func (v *vmRun) enable(ctx context.Context) (next, error) {
 		return v.enableFailed(ctx, storageError(err, "create the storage of %s", v.rec.GetName()))
 	}
 	v.m.chain = chain
-	if _, err := v.track(ctx); err != nil {
+	_, err = v.track(ctx)
+	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_LINEAGE_MISMATCH) && v.dropEnded(ctx) {
+		_, err = v.track(ctx)
+	}
+	if err != nil {
 		return v.enableFailed(ctx, err)
 	}
 	e := EvRelationshipCreated
@@ -44,6 +48,35 @@ func (v *vmRun) enable(ctx context.Context) (next, error) {
 	}
 	v.m.reconciled = false
 	return atOnce, v.move(ctx, e, func(rec *schedulerv1.ProtectedVm) { rec.Retry = nil })
+}
+
+// dropEnded ends what the host still tracks of a protection that was ended without it, by force. That it has ended is
+// proved by the close in its chain; anything else may be another installation's.
+func (v *vmRun) dropEnded(ctx context.Context) bool {
+	status, err := v.tracking(ctx)
+	if err != nil || status.GetLineage() == "" || status.GetLineage() == v.rec.GetLineage() {
+		return false
+	}
+	sctx, cancel := context.WithTimeout(ctx, v.cfg.StorageTimeout)
+	defer cancel()
+	chain, err := replica.Open(sctx, v.blobs, replica.Lineage(status.GetLineage()))
+	if err != nil {
+		return false
+	}
+	state, err := chain.Refresh(sctx)
+	if err != nil || !state.Closed() || state.Fence.Failover != disableFence(status.GetLineage()) {
+		return false
+	}
+	hctx, cancel := v.call(ctx)
+	defer cancel()
+	host, err := v.hostClient(hctx)
+	if err == nil {
+		_, err = host.RemoveReplicationRelationship(hctx, &hostproviderv1.RemoveReplicationRelationshipRequest{
+			Vm: v.vmID(), Lineage: status.GetLineage(), Epoch: status.GetEpoch(),
+		})
+	}
+	v.log.InfoContext(ctx, "host still tracked a protection that has ended", "vm", v.rec.GetName(), "lineage", status.GetLineage(), "error", err)
+	return err == nil
 }
 
 // check runs the host's prerequisite checks; findings that forbid protection are one error with all of them.

@@ -147,6 +147,24 @@ func (h *Host) forgetLocked() {
 	clear(h.closed)
 }
 
+// Backup copies the host as a backup of its whole volume would: disks and tracking. What it returns puts the copy back.
+func (h *Host) Backup() (restore func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	lineage, epoch, base, highest, resync := h.lineage, h.epoch, h.base, h.highest, h.resync
+	live, log, dirty, closed := maps.Clone(h.live), maps.Clone(h.log), maps.Clone(h.dirty), maps.Clone(h.closed)
+	var points []*typesv1.HostPoint
+	for _, p := range h.points {
+		points = append(points, proto.Clone(p).(*typesv1.HostPoint))
+	}
+	return func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.lineage, h.epoch, h.base, h.highest, h.resync, h.open = lineage, epoch, base, highest, resync, nil
+		h.live, h.log, h.dirty, h.closed, h.points = live, log, dirty, closed, points
+	}
+}
+
 // OpenStranger cuts a point that no scheduler asked for, as one that lost its records would have.
 func (h *Host) OpenStranger(ordinal uint64) {
 	h.mu.Lock()
