@@ -95,11 +95,11 @@ func (m *machine) admit(lineage string, epoch uint64) error {
 
 // hold drains the guest's writes on all disks and calls change while none runs. It returns how long writes were held.
 func (m *machine) hold(change func()) time.Duration {
-	start := time.Now() // a measurement, not a decision: the real clock
+	start := time.Now() //nolint:forbidigo // a measurement, not a decision: the real clock
 	m.gate.Lock()
 	change()
 	m.gate.Unlock()
-	return time.Since(start)
+	return time.Since(start) //nolint:forbidigo // as above
 }
 
 // fail notes that the baseline is lost. Safe in a guest write; the next control call records it.

@@ -62,7 +62,7 @@ func (q *workQueue) addAfter(key string, d time.Duration) {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	at := time.Now().Add(d)
+	at := time.Now().Add(d) //nolint:forbidigo // when to look again, on the timers' own clock
 	if q.closed || q.waiting[key] || q.again[key] {
 		return
 	}
