@@ -2,7 +2,6 @@ package scheduler_test
 
 import (
 	"context"
-	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +30,7 @@ func refused(t *testing.T, err error, reason typesv1.ErrorReason, words ...strin
 		require.Contains(t, err.Error(), w)
 	}
 	var e *errcat.Error
-	require.True(t, errors.As(err, &e))
+	require.ErrorAs(t, err, &e)
 	require.Contains(t, errcat.Explain(err), "what to do")
 	return e
 }

@@ -85,10 +85,9 @@ func (s *policyServer) ApplyPolicy(ctx context.Context, r *schedulerv1.ApplyPoli
 		want.Revision = rev
 		return &schedulerv1.ApplyPolicyResponse{Policy: want}, nil
 	}
-	switch {
-	case old == nil:
+	if old == nil {
 		rev, err = s.store.policies.Create(ctx, key, want)
-	default:
+	} else {
 		rev, err = s.store.policies.Update(ctx, key, want, rev)
 	}
 	if err != nil {

@@ -35,7 +35,7 @@ func TestEveryPairIsDecided(t *testing.T) {
 			if m, ok := table[moveKey{s, e}]; ok {
 				require.NoError(t, err)
 				require.Equal(t, m.To, to)
-				require.Equal(t, len(m.Effects), len(fx))
+				require.Len(t, fx, len(m.Effects))
 				continue
 			}
 			var illegal *IllegalMoveError

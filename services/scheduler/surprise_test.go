@@ -35,8 +35,8 @@ func TestHigherEpochOfTheHostIsAdopted(t *testing.T) {
 	l.awaitPoints(1)
 	l.host.RaiseEpoch(50)
 	l.host.Write(block("os", 2))
-	vm := l.await("adopted", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetEpoch() >= 50 })
-	vm = l.awaitPoints(2)
+	l.await("adopted", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetEpoch() >= 50 })
+	vm := l.awaitPoints(2)
 	require.Equal(t, scheduler.Protected, vm.GetState())
 	l.Check(l.host, vm.GetLineage())
 }
@@ -72,7 +72,7 @@ func TestOpenIsAdopted(t *testing.T) {
 		_, err = chain.Commit(testkit.Context(t), replica.Proposal{Kind: kind, Failover: "f1"})
 		require.NoError(t, err)
 	}
-	vm = l.await("adopted", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetOpen() != 0 })
+	l.await("adopted", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetOpen() != 0 })
 	vm = l.awaitPoints(2)
 	l.Check(l.host, vm.GetLineage())
 }
