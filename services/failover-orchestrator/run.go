@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -124,6 +125,11 @@ func (s *Service) remove(ctx context.Context, f *failoverv1.Failover) (detail st
 	if err != nil {
 		return "", err
 	}
+	if owner == "" { // never claimed, removed before, taken away by hand, or on another machine: say what is seen
+		if detail = unclaimed(f.OutDir); detail != "" {
+			return detail, nil
+		}
+	}
 	if len(kept) > 0 {
 		return "left what others put there: " + strings.Join(kept, " "), nil
 	}
@@ -140,6 +146,23 @@ func (s *Service) remove(ctx context.Context, f *failoverv1.Failover) (detail st
 		}
 	}
 	return f.OutDir + " is as it was", nil
+}
+
+// unclaimed describes a folder without a marker from which nothing was removed; "" when it is there and empty.
+func unclaimed(dir string) string {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		host, _ := os.Hostname() // only for people
+		return fmt.Sprintf("nothing to remove: there is no folder %s on %s", dir, host)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("removed nothing: %s has no marker of this failover; it holds %s", dir, strings.Join(names, " "))
 }
 
 // ending is how a failover's work ended.
