@@ -133,8 +133,8 @@ func TestRefusedPassBeginsAgain(t *testing.T) {
 		return nil
 	})
 	l.protect()
-	vm := l.awaitState(scheduler.Protected)
-	vm = l.awaitPoints(1)
+	l.awaitState(scheduler.Protected)
+	vm := l.awaitPoints(1)
 	require.Equal(t, 2, l.host.Calls("BeginPass"))
 	l.Check(l.host, vm.GetLineage())
 }

@@ -84,7 +84,7 @@ func (r *run) all(parent context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer server.stop()
+	defer func() { _ = server.stop() }() // a failure on the way is what is told
 	if err := r.waitForMachine(ctx, server); err != nil {
 		return err
 	}
@@ -179,8 +179,7 @@ func (s *server) stop() error {
 		return nil
 	case <-time.After(30 * time.Second):
 		_ = s.cmd.Process.Kill()
-		<-s.done
-		return errors.New("landfall up did not stop within 30 seconds")
+		return fmt.Errorf("landfall up did not stop within 30 seconds and was killed: %w", <-s.done)
 	}
 }
 
