@@ -58,7 +58,7 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 		}
 	}()
 
-	sizes, err := m.passSizes(scope)
+	sizes, err := m.allocated(scope)
 	if err != nil {
 		return Point{}, err
 	}
@@ -79,6 +79,10 @@ func (m *machine) beginPass(lineage string, ordinal, epoch uint64, scope Scope) 
 		if err := t.Commit(); err != nil {
 			m.fail(fmt.Errorf("disk %s: %w", d.id, err))
 			return Point{}, fmt.Errorf("%w: %w", ErrBroken, err)
+		}
+		if scope != Full {
+			// What the pass holds, not what was dirty before it: a disk may have degraded while it began.
+			sizes[i] = t.Bytes(sidecar.Pass)
 		}
 		p.Disks = append(p.Disks, Change{Disk: d.id, Size: d.size, Bytes: min(sizes[i], d.size)})
 	}
@@ -119,14 +123,13 @@ func (m *machine) renewTables() error {
 	return nil
 }
 
-// passSizes returns what the pass will have to read of each disk, for progress: allocated bytes for FULL.
-func (m *machine) passSizes(scope Scope) ([]int64, error) {
+// allocated returns what a FULL pass will have to read of each disk, for progress; zeros for the others.
+func (m *machine) allocated(scope Scope) ([]int64, error) {
 	sizes := make([]int64, len(m.disks))
+	if scope != Full {
+		return sizes, nil
+	}
 	for i, d := range m.disks {
-		if scope != Full {
-			sizes[i] = d.table.Load().Bytes(sidecar.Dirty)
-			continue
-		}
 		set, err := d.img.Allocated(extent.Range{Len: d.size})
 		if err != nil {
 			return nil, fmt.Errorf("map image of %s: %w", d.id, err)

@@ -130,3 +130,25 @@ func TestFailureDuringAPassSurvivesACleanEnd(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, TrackingBroken, st.Reason)
 }
+
+// The scheduler plans windows by the sizes that BeginPass answers: a disk that degrades while the pass begins must not be
+// answered as having nothing.
+func TestPassSizesHoldWhatThePassHolds(t *testing.T) {
+	s := newScript(t, none)
+	m := s.machine()
+	s.write(4096, 1)
+	m.disks[0].degrade("test")
+	data, err := s.k.disk("vm/data")
+	require.NoError(t, err)
+	s.w.fs.onLog = func() {
+		s.w.fs.onLog = nil
+		require.NoError(t, data.WriteAt(make([]byte, 4096), 0, false))
+		data.degrade("log is full")
+	}
+	p, err := s.k.BeginPass("vm", simLineage, s.w.next, 1, DirtyOnly)
+	require.NoError(t, err)
+	for i, d := range m.disks {
+		require.Equal(t, d.table.Load().Bytes(sidecar.Pass), p.Disks[i].Bytes, d.id)
+		require.NotZero(t, p.Disks[i].Bytes, d.id)
+	}
+}

@@ -36,6 +36,7 @@ type simFiles struct {
 	noReplace bool              // Replace dies
 	noMarks   bool              // writes to sidecars fail
 	onReplace func(path string) // called before Replace
+	onLog     func()            // called before CreateLog
 }
 
 const simSector = 512
@@ -310,6 +311,9 @@ func (s *simFiles) CreateFile(path string, size int64) (sidecar.File, error) {
 }
 
 func (s *simFiles) CreateLog(path string, _ int64, id, prev uuid.UUID) (logWriter, error) {
+	if f := s.onLog; f != nil {
+		f()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if _, err := s.step(); err != nil {
