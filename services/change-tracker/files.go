@@ -83,7 +83,8 @@ type files interface {
 	// Replace writes a whole file so that after any crash the old or the new content is there, and is durable when
 	// it returns.
 	Replace(path string, content []byte) error
-	// Remove removes a file; one that is absent is no error.
+	// Remove removes a file, durably: a sidecar that is not to be trusted must not come back. One that is absent is no
+	// error.
 	Remove(path string) error
 	// List returns the names in dir that begin with prefix.
 	List(dir, prefix string) ([]string, error)
@@ -161,10 +162,14 @@ func (osFiles) Replace(path string, content []byte) error {
 }
 
 func (osFiles) Remove(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	return nil
+	return syncDir(filepath.Dir(path))
 }
 
 func (osFiles) List(dir, prefix string) ([]string, error) {
