@@ -19,6 +19,40 @@ import (
 // load reads what is stored of the machine and brings memory and files to a state in which guests may write
 // (design.md, "Attach"). Every step can be repeated after a crash.
 func (m *machine) load() error {
+	err := m.loadTracked()
+	if errors.Is(err, ErrSpace) {
+		return m.serveUntracked(err)
+	}
+	return err
+}
+
+// serveUntracked gives guests their disks on a volume that has no room for the records of tracking (I-10): after a
+// restart a machine must run before anything is protected. The record goes, which needs no space, and so do the logs
+// and sidecars; whoever asks next finds a host that lost its state, and compares.
+func (m *machine) serveUntracked(cause error) error {
+	m.t.logger.Error("the volume is full: tracking is given up so that the guest has its disks; free space, then resynchronise",
+		"vm", m.id, "err", cause)
+	if err := m.t.files.Remove(m.recordPath()); err != nil {
+		return errors.Join(cause, err)
+	}
+	for _, d := range m.disks {
+		d.logMu.Lock()
+		d.mode.Store(int32(off))
+		d.takeChain() // sealed, and removed below
+		d.logMu.Unlock()
+		if t := d.table.Swap(nil); t != nil {
+			if err := t.Close(); err != nil {
+				m.t.logger.Warn("close sidecar", "vm", m.id, "disk", d.id, "err", err)
+			}
+		}
+	}
+	m.open.Store(nil)
+	m.broken.Store(nil)
+	m.rec.Store(&record{V: stateVersion, Machine: m.id})
+	return m.clearUp()
+}
+
+func (m *machine) loadTracked() error {
 	r, err := m.loadRecord()
 	if err != nil {
 		return err

@@ -14,8 +14,8 @@ import (
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
-// A volume that fills up during a write fails no guest write, on a real file system (needs root for its own tmpfs).
-func TestFullVolumeFailsNoGuestWrite(t *testing.T) {
+// smallHost has one disk without holes, of 14 MiB, on a volume of 20 MiB.
+func smallHost(t *testing.T) *host {
 	dir := t.TempDir()
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=20m"); err != nil {
 		t.Skipf("mount a small tmpfs: %v", err)
@@ -29,6 +29,38 @@ func TestFullVolumeFailsNoGuestWrite(t *testing.T) {
 	h := &host{t: t, dir: dir, disks: []*typesv1.Disk{{Id: "os", SizeBytes: size, Path: path, Format: typesv1.DiskFormat_DISK_FORMAT_RAW}}}
 	h.start()
 	h.attach()
+	return h
+}
+
+// A volume that is full when the tracker starts keeps no guest from its disks.
+func TestFullVolumeKeepsNoGuestFromItsDisk(t *testing.T) {
+	h := smallHost(t)
+	h.protect(h.newReplica())
+	h.stop()
+	hog, err := os.Create(filepath.Join(h.dir, "hog"))
+	require.NoError(t, err)
+	for p := make([]byte, 4096); err == nil; {
+		_, err = hog.Write(p)
+	}
+	require.ErrorIs(t, err, unix.ENOSPC)
+	require.NoError(t, hog.Close())
+
+	h.start()
+	d, err := h.service.tracker.disk(testVM + "/os")
+	require.NoError(t, err, "the disk is exported again")
+	p := make([]byte, 64<<10)
+	testkit.Fill(p, 3)
+	require.NoError(t, d.WriteAt(p, 1<<20, true))
+	status, err := h.client.GetTracking(testkit.Context(t), &changetrackerv1.GetTrackingRequest{Vm: testVM})
+	require.NoError(t, err)
+	require.False(t, status.Status.Tracking, "nobody may believe a baseline that is not kept")
+	require.NoError(t, os.Remove(hog.Name()))
+	h.protect(h.newReplica()) // with room again, protection begins anew
+}
+
+// A volume that fills up during a write fails no guest write, on a real file system (needs root for its own tmpfs).
+func TestFullVolumeFailsNoGuestWrite(t *testing.T) {
+	h := smallHost(t)
 	r := h.newReplica()
 	h.protect(r)
 
