@@ -57,7 +57,9 @@ type subject struct {
 	// missing says why it cannot run here.
 	missing string
 	check   string
-	run     func(ctx context.Context, folder string) (sample, error)
+	// once says that one run is enough: it repeats by itself.
+	once bool
+	run  func(ctx context.Context, folder string) (sample, error)
 }
 
 // rows in the order in which they run.
@@ -124,7 +126,7 @@ func alternate(ctx context.Context, o *Options, name string, subjects []subject)
 	failed := make([]error, len(subjects))
 	for n := range o.Runs {
 		for i, s := range subjects {
-			if s.missing != "" || failed[i] != nil || ctx.Err() != nil {
+			if s.missing != "" || failed[i] != nil || ctx.Err() != nil || s.once && n > 0 {
 				continue
 			}
 			fmt.Fprintf(o.Progress, "%s  %s: %s, run %d of %d\n", time.Now().Format("15:04:05"), name, s.name, n+1, o.Runs)

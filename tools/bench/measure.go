@@ -13,7 +13,7 @@ import (
 )
 
 // sampleEvery is how often the memory of a running program is looked at.
-const sampleEvery = 10 * time.Millisecond
+const sampleEvery = 25 * time.Millisecond
 
 // usage is what a program took.
 type usage struct {
