@@ -24,6 +24,9 @@ import (
 	"github.com/landfall-dr/landfall/tools/cli"
 )
 
+// keepEnv keeps the folders of tests that passed, too.
+const keepEnv = "LANDFALL_E2E_KEEP"
+
 // product is one installation of Landfall, in either form.
 type product struct {
 	t testing.TB
@@ -59,12 +62,15 @@ func newProduct(t testing.TB) *product {
 			_ = p.dialer.Close()
 		}
 		p.killAll()
-		if !t.Failed() {
+		if !t.Failed() && os.Getenv(keepEnv) == "" {
 			_ = os.RemoveAll(dir)
 			return
 		}
 		t.Logf("state, store and logs are kept in %s", dir)
 		for _, name := range p.order {
+			if !t.Failed() {
+				break
+			}
 			t.Logf("end of %s.log:\n%s", name, p.programs[name].tail(2500))
 		}
 	})
