@@ -28,7 +28,7 @@ const (
 )
 
 // memoryLimit is the soft limit of `landfall up`, in bytes: six services in one process.
-const memoryLimit = 220 << 20
+const memoryLimit = 200 << 20
 
 // ackWait is how long after a kill the tasks that were in work come again: no worker dies alone in one process, so
 // nobody is taken for dead who only works long.
