@@ -10,6 +10,7 @@ import (
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/landfall-dr/landfall/libs/bus"
@@ -382,11 +383,15 @@ func (v *vmRun) sizes(ctx context.Context, seq replica.Seq) (stored, changed int
 	return stored, v.rec.GetCycle().GetChangeBytes()
 }
 
+// checkpointAge is how old the newest checkpoint may get before the next point applied becomes one: a failover replays
+// the journal above the nearest one.
+const checkpointAge = time.Hour
+
 // publishApply asks for the chain to be applied at least up to seq.
 func (v *vmRun) publishApply(ctx context.Context, seq uint64, what string, ordinal uint64) error {
 	id := fmt.Sprintf("%s/apply/%s/%d", v.rec.GetLineage(), what, ordinal)
 	return v.bus.PublishTask(ctx, bus.KindApply, v.site(), id, &uploaderv1.ApplyTask{
-		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), Sequence: seq,
+		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), Sequence: seq, CheckpointAge: durationpb.New(checkpointAge),
 	})
 }
 
