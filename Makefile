@@ -47,6 +47,8 @@ test: build $(TOOLS)/nats-server ## Run all tests (CI=true: nothing may be skipp
 		$$(go list $(foreach m,$(MODULES),./$(m)/...) | grep -v /tools/e2e)
 	@# The end-to-end tests drive programs from outside: the race detector would see only the tests themselves.
 	LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server go test -shuffle=on -timeout 20m ./tools/e2e/...
+	@# What bounds memory is meant for programs as they are shipped, without the detector's own memory.
+	LANDFALL_BIN=$(BIN) go test -count=1 -timeout 10m -run 'BigSparseDisk' ./tools/scenario
 
 .PHONY: test-robustness
 test-robustness: build $(TOOLS)/nats-server ## The long sets: 200 seeded kill runs of the six processes, 100,000 interleavings of the protocol model
