@@ -2,6 +2,7 @@ package shipping
 
 import (
 	"errors"
+	"time"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/errcat"
@@ -56,12 +57,9 @@ func Reason(err error) typesv1.ErrorReason {
 	return reason
 }
 
-// Detail is an error as events carry it, without the time.
+// Detail is an error as events carry it, without the time: the event has its own.
 func Detail(err error) *typesv1.ErrorDetail {
-	reason := Reason(err)
-	d := &typesv1.ErrorDetail{Reason: errcat.Code(reason), What: err.Error()}
-	if entry, ok := errcat.Lookup(reason); ok {
-		d.Cause, d.Action, d.Recoverable = entry.Cause, entry.Action, entry.Recoverable
-	}
+	d := errcat.Detail(errcat.New(Reason(err), "%s", err), time.Time{})
+	d.Time = nil
 	return d
 }
