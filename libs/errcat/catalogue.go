@@ -365,4 +365,67 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 		Cause:  "The target's folder cannot be created or written: permissions, a read-only volume, or a missing parent.",
 		Action: "Check permissions and the volume, or name another folder.",
 	},
+	typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE: {
+		Code:        codes.Unavailable,
+		Cause:       "The hypervisor's process is not running, or another program holds its control socket: QEMU serves one client per monitor.",
+		Action:      "Start the machine; give Landfall a monitor socket of its own (a second -qmp option). It is tried again by itself.",
+		Recoverable: true,
+		RetryAfter:  5 * time.Second,
+	},
+	typesv1.ErrorReason_ERROR_REASON_FAILOVER_ACTIVE: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "A planned or unplanned failover of the VM is under way, failed, or waits for commit.",
+		Action: "Commit or cancel it first: landfall failover commit VM, or landfall failover cancel VM.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_SOURCE_NOT_FENCED: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "The source's host does not answer or says that the machine still runs: two copies could run at once.",
+		Action: "Stop the machine at its site and keep it off, or use a planned failover. If the site is lost, repeat with --accept-unfenced; the VM stays critical until its host says that the machine is off.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_GUEST_DID_NOT_STOP: {
+		Code:        codes.DeadlineExceeded,
+		Cause:       "The guest ignored the power button: nothing in it listens, or it is busy shutting down.",
+		Action:      "Shut the guest down from inside; the failover goes on as soon as it is off. Or cancel it.",
+		Recoverable: true,
+		RetryAfter:  5 * time.Second,
+	},
+	typesv1.ErrorReason_ERROR_REASON_MACHINE_FENCED: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "A failover has taken the machine over; running it here would make two of it.",
+		Action: "Commit or cancel that failover. Cancelling starts the machine again.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_NOT_AT_SAFE_POINT: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "The failover is between two safe points, or is final.",
+		Action: "Wait until the present step has ended and try again; after commit, protect the recovered VM in reverse.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN: {
+		Code:        codes.Aborted,
+		Cause:       "The frozen copy that a point is read from could not be kept: its scratch space is full, or writing to it took too long. The guest was not stopped.",
+		Action:      "The next point takes the changes along. If it comes again, give the driver more scratch space (host_provider.qemu.scratch_dir) or shorten the copy interval.",
+		Recoverable: true,
+		RetryAfter:  5 * time.Second,
+	},
+	typesv1.ErrorReason_ERROR_REASON_SOURCE_EXPORT_INVALID: {
+		Code:        codes.FailedPrecondition,
+		Cause:       "The export of a disk has another size, or does not offer the list of changes that the point needs.",
+		Action:      "Look at the host's log; the point is given up and the next one tried. If it stays, resynchronise the VM.",
+		Recoverable: true,
+		RetryAfter:  5 * time.Second,
+	},
+	typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "The hypervisor was restarted or killed, or somebody removed the dirty bitmap: what changed since the last point is not known.",
+		Action: "Resynchronise the VM: landfall resync VM. Source and replica are compared and only differences are sent.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_TARGET_UNAVAILABLE: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "A program or file that the target needs is not installed on the orchestrator's machine.",
+		Action: "Install what is named, or choose another target.",
+	},
+	typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT: {
+		Code:   codes.DeadlineExceeded,
+		Cause:  "The recovered machine did not show the sign of life that was asked for: it boots slowly, with another firmware, or has no guest agent.",
+		Action: "Look at the console text and the screenshot named in the job. Try again with another --boot, a longer --boot-timeout or a --console-pattern that the guest prints.",
+	},
 }

@@ -26,9 +26,20 @@ type Driver interface {
 	// Dissolve ends it and removes what it left.
 	Dissolve(ctx context.Context, vm, lineage string, epoch uint64) error
 	// Cut fixes one instant across all disks.
-	Cut(ctx context.Context, c Cut) (*typesv1.HostPoint, typesv1.Consistency, error)
+	Cut(ctx context.Context, c Cut) (CutResult, error)
 	// Settle ends a point; the first settle wins.
 	Settle(ctx context.Context, s Settle) (*typesv1.TrackingStatus, error)
+	// BeginPass fixes the start of a pass: every later write is covered by the next pass or cut.
+	BeginPass(ctx context.Context, p Pass) (*typesv1.HostPoint, error)
+	// SettlePass ends a pass; the first settle wins.
+	SettlePass(ctx context.Context, s Settle) (*typesv1.TrackingStatus, error)
+	// Stop fences a machine for a failover, durably, and asks its guest to power down. It waits at most a few seconds and
+	// says how the machine is then; it is called again until the machine is off. What a last cut needs stays.
+	Stop(ctx context.Context, f Fence) (typesv1.PowerState, error)
+	// Release ends what is left of a fenced machine that is off. INVALID_STATE while the guest runs.
+	Release(ctx context.Context, f Fence) error
+	// Start lifts the fence of a failover and starts the machine where the driver can.
+	Start(ctx context.Context, f Fence) (typesv1.PowerState, error)
 	// Points says what the host holds of a machine.
 	Points(ctx context.Context, vm string) (*typesv1.TrackingStatus, error)
 	// Refresh looks for machines that came or went. It is called at start and then at every scan interval.
@@ -51,4 +62,29 @@ type Settle struct {
 	Point   uint64 // ordinal
 	Epoch   uint64
 	Outcome typesv1.SettleOutcome
+}
+
+// CutResult is a point and how consistent it is.
+type CutResult struct {
+	Point       *typesv1.HostPoint
+	Consistency typesv1.Consistency
+	// Degraded says why the point is only crash-consistent although more was asked for; nil when it is what was asked for.
+	Degraded error
+}
+
+// Pass asks for the start of a pass.
+type Pass struct {
+	VM      string // GUID
+	Lineage string
+	Pass    uint64 // ordinal
+	Epoch   uint64
+	Scope   typesv1.PassScope
+}
+
+// Fence names a machine and the failover that wants it stopped, or that has been cancelled.
+type Fence struct {
+	VM       string // GUID
+	Lineage  string
+	Epoch    uint64
+	Failover string // failovers/{failover}
 }

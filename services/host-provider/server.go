@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
@@ -22,6 +23,7 @@ const (
 type server struct {
 	hostproviderv1.UnimplementedHostServiceServer
 	driver Driver
+	now    func() time.Time
 }
 
 func (s *server) ListMachines(ctx context.Context, r *hostproviderv1.ListMachinesRequest) (*hostproviderv1.ListMachinesResponse, error) {
@@ -105,14 +107,16 @@ func (s *server) CutPoint(ctx context.Context, r *hostproviderv1.CutPointRequest
 	if err := failpoint.Hit("host-provider/before-cut"); err != nil {
 		return nil, err
 	}
-	point, consistency, err := s.driver.Cut(ctx, Cut{VM: m.Id, Lineage: r.Lineage, Point: r.Point, Epoch: r.Epoch, Consistency: r.Consistency})
+	cut, err := s.driver.Cut(ctx, Cut{VM: m.Id, Lineage: r.Lineage, Point: r.Point, Epoch: r.Epoch, Consistency: r.Consistency})
 	if err != nil {
 		return nil, err
 	}
 	if err := failpoint.Hit("host-provider/after-cut"); err != nil {
 		return nil, err
 	}
-	return &hostproviderv1.CutPointResponse{Point: point, Consistency: consistency, Machine: m}, nil
+	return &hostproviderv1.CutPointResponse{
+		Point: cut.Point, Consistency: cut.Consistency, Machine: m, Degraded: errcat.Detail(cut.Degraded, s.now()),
+	}, nil
 }
 
 func (s *server) SettlePoint(ctx context.Context, r *hostproviderv1.SettlePointRequest) (*hostproviderv1.SettlePointResponse, error) {
@@ -135,4 +139,43 @@ func (s *server) ListPoints(ctx context.Context, r *hostproviderv1.ListPointsReq
 		return nil, err
 	}
 	return &hostproviderv1.ListPointsResponse{Status: status}, nil
+}
+
+func (s *server) BeginPass(ctx context.Context, r *hostproviderv1.BeginPassRequest) (*hostproviderv1.BeginPassResponse, error) {
+	p, err := s.driver.BeginPass(ctx, Pass{VM: r.Vm, Lineage: r.Lineage, Pass: r.Pass, Epoch: r.Epoch, Scope: r.Scope})
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.BeginPassResponse{Pass: p}, nil
+}
+
+func (s *server) SettlePass(ctx context.Context, r *hostproviderv1.SettlePassRequest) (*hostproviderv1.SettlePassResponse, error) {
+	status, err := s.driver.SettlePass(ctx, Settle{VM: r.Vm, Lineage: r.Lineage, Point: r.Pass, Epoch: r.Epoch, Outcome: r.Outcome})
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.SettlePassResponse{Status: status}, nil
+}
+
+func (s *server) StopMachine(ctx context.Context, r *hostproviderv1.StopMachineRequest) (*hostproviderv1.StopMachineResponse, error) {
+	state, err := s.driver.Stop(ctx, Fence{VM: r.Vm, Lineage: r.Lineage, Epoch: r.Epoch, Failover: r.Failover})
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.StopMachineResponse{PowerState: state}, nil
+}
+
+func (s *server) ReleaseMachine(ctx context.Context, r *hostproviderv1.ReleaseMachineRequest) (*hostproviderv1.ReleaseMachineResponse, error) {
+	if err := s.driver.Release(ctx, Fence{VM: r.Vm, Lineage: r.Lineage, Epoch: r.Epoch, Failover: r.Failover}); err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.ReleaseMachineResponse{}, nil
+}
+
+func (s *server) StartMachine(ctx context.Context, r *hostproviderv1.StartMachineRequest) (*hostproviderv1.StartMachineResponse, error) {
+	state, err := s.driver.Start(ctx, Fence{VM: r.Vm, Lineage: r.Lineage, Epoch: r.Epoch, Failover: r.Failover})
+	if err != nil {
+		return nil, err
+	}
+	return &hostproviderv1.StartMachineResponse{PowerState: state}, nil
 }

@@ -56,7 +56,7 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 
 // Register adds the service's handlers.
 func (s *Service) Register(r grpc.ServiceRegistrar) {
-	hostproviderv1.RegisterHostServiceServer(r, &server{driver: s.deps.Driver})
+	hostproviderv1.RegisterHostServiceServer(r, &server{driver: s.deps.Driver, now: s.deps.Clock})
 }
 
 // Run looks for machines and keeps the host record fresh, until ctx ends. Failures are logged once per change and

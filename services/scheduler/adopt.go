@@ -9,7 +9,6 @@ import (
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -227,11 +226,11 @@ func (v *vmRun) settlePointOnHost(ctx context.Context, ordinal uint64, outcome t
 func (v *vmRun) settlePassOnHost(ctx context.Context, ordinal uint64, outcome typesv1.SettleOutcome) (*typesv1.TrackingStatus, error) {
 	ctx, cancel := v.call(ctx)
 	defer cancel()
-	tracker, err := v.trackerClient(ctx)
+	host, err := v.hostClient(ctx)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := tracker.SettlePass(ctx, &changetrackerv1.SettlePassRequest{
+	resp, err := host.SettlePass(ctx, &hostproviderv1.SettlePassRequest{
 		Vm: v.vmID(), Lineage: v.rec.GetLineage(), Pass: ordinal, Epoch: v.rec.GetEpoch(), Outcome: outcome,
 	})
 	return resp.GetStatus(), err

@@ -12,7 +12,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/replica"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
+	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	resyncenginev1 "github.com/landfall-dr/landfall/proto/gen/landfall/resyncengine/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -91,11 +91,11 @@ func (v *vmRun) openPass(ctx context.Context) (next, error) {
 func (v *vmRun) beginPassOnHost(ctx context.Context, p *schedulerv1.Pass) (*typesv1.HostPoint, error) {
 	ctx, cancel := v.call(ctx)
 	defer cancel()
-	tracker, err := v.trackerClient(ctx)
+	host, err := v.hostClient(ctx)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := tracker.BeginPass(ctx, &changetrackerv1.BeginPassRequest{
+	resp, err := host.BeginPass(ctx, &hostproviderv1.BeginPassRequest{
 		Vm: v.vmID(), Lineage: v.rec.GetLineage(), Pass: p.GetOrdinal(), Epoch: v.rec.GetEpoch(), Scope: p.GetScope(),
 	})
 	return resp.GetPass(), err

@@ -16,7 +16,6 @@ import (
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/replica"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -368,15 +367,6 @@ func (v *vmRun) hostClient(ctx context.Context) (hostproviderv1.HostServiceClien
 		return nil, err
 	}
 	return hostproviderv1.NewHostServiceClient(conn), nil
-}
-
-// trackerClient is the change-tracker of the VM's host.
-func (v *vmRun) trackerClient(ctx context.Context) (changetrackerv1.ChangeTrackerServiceClient, error) {
-	conn, err := v.hosts.Conn(ctx, lastPart(v.rec.GetHost()), "change-tracker")
-	if err != nil {
-		return nil, err
-	}
-	return changetrackerv1.NewChangeTrackerServiceClient(conn), nil
 }
 
 // vmID is the GUID, as host calls name the VM.

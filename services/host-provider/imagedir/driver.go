@@ -291,15 +291,58 @@ func (d *Driver) Dissolve(ctx context.Context, vm, lineage string, epoch uint64)
 }
 
 // Cut switches the logs of all disks at one instant. A folder of images has no guest agent: only crash consistency.
-func (d *Driver) Cut(ctx context.Context, c hostprovider.Cut) (*typesv1.HostPoint, typesv1.Consistency, error) {
+func (d *Driver) Cut(ctx context.Context, c hostprovider.Cut) (hostprovider.CutResult, error) {
 	if c.Consistency != typesv1.Consistency_CONSISTENCY_CRASH {
-		return nil, 0, errcat.New(typesv1.ErrorReason_ERROR_REASON_CONSISTENCY_UNSUPPORTED, "driver imagedir has no guest to freeze: only crash-consistent points")
+		return hostprovider.CutResult{}, errcat.New(typesv1.ErrorReason_ERROR_REASON_CONSISTENCY_UNSUPPORTED, "driver imagedir has no guest to freeze: only crash-consistent points")
 	}
 	r, err := d.tracker.SwitchLogs(ctx, &changetrackerv1.SwitchLogsRequest{Vm: strings.ToLower(c.VM), Lineage: c.Lineage, Point: c.Point, Epoch: c.Epoch})
 	if err != nil {
-		return nil, 0, err
+		return hostprovider.CutResult{}, err
 	}
-	return r.Point, typesv1.Consistency_CONSISTENCY_CRASH, nil
+	return hostprovider.CutResult{Point: r.Point, Consistency: typesv1.Consistency_CONSISTENCY_CRASH}, nil
+}
+
+// BeginPass fixes the start of a pass.
+func (d *Driver) BeginPass(ctx context.Context, p hostprovider.Pass) (*typesv1.HostPoint, error) {
+	r, err := d.tracker.BeginPass(ctx, &changetrackerv1.BeginPassRequest{Vm: strings.ToLower(p.VM), Lineage: p.Lineage, Pass: p.Pass, Epoch: p.Epoch, Scope: p.Scope})
+	if err != nil {
+		return nil, err
+	}
+	return r.Pass, nil
+}
+
+// SettlePass ends a pass.
+func (d *Driver) SettlePass(ctx context.Context, s hostprovider.Settle) (*typesv1.TrackingStatus, error) {
+	r, err := d.tracker.SettlePass(ctx, &changetrackerv1.SettlePassRequest{Vm: strings.ToLower(s.VM), Lineage: s.Lineage, Pass: s.Point, Epoch: s.Epoch, Outcome: s.Outcome})
+	if err != nil {
+		return nil, err
+	}
+	return r.Status, nil
+}
+
+// Stop fences the machine: its exports are closed, so that no guest can write. A folder of images has no guest to power
+// down.
+func (d *Driver) Stop(ctx context.Context, f hostprovider.Fence) (typesv1.PowerState, error) {
+	_, err := d.tracker.FenceMachine(ctx, &changetrackerv1.FenceMachineRequest{Vm: strings.ToLower(f.VM), Lineage: f.Lineage, Epoch: f.Epoch, Failover: f.Failover})
+	if err != nil {
+		return typesv1.PowerState_POWER_STATE_UNSPECIFIED, err
+	}
+	return typesv1.PowerState_POWER_STATE_OFF, nil
+}
+
+// Release has nothing to end.
+func (d *Driver) Release(ctx context.Context, f hostprovider.Fence) error {
+	_, err := d.Stop(ctx, f)
+	return err
+}
+
+// Start opens the exports again. Whatever wants to run the machine finds its disks.
+func (d *Driver) Start(ctx context.Context, f hostprovider.Fence) (typesv1.PowerState, error) {
+	if f.Failover == "" {
+		return typesv1.PowerState_POWER_STATE_UNSPECIFIED, nil
+	}
+	_, err := d.tracker.UnfenceMachine(ctx, &changetrackerv1.UnfenceMachineRequest{Vm: strings.ToLower(f.VM), Lineage: f.Lineage, Epoch: f.Epoch, Failover: f.Failover})
+	return typesv1.PowerState_POWER_STATE_UNSPECIFIED, err
 }
 
 // Settle ends a point.

@@ -5,7 +5,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -133,8 +132,8 @@ func (h *Host) ListPoints(_ context.Context, r *hostproviderv1.ListPointsRequest
 	return &hostproviderv1.ListPointsResponse{Status: h.statusLocked()}, h.mine(r.GetVm())
 }
 
-// BeginPass implements ChangeTrackerService.
-func (h *Host) BeginPass(_ context.Context, r *changetrackerv1.BeginPassRequest) (*changetrackerv1.BeginPassResponse, error) {
+// BeginPass implements HostService.
+func (h *Host) BeginPass(_ context.Context, r *hostproviderv1.BeginPassRequest) (*hostproviderv1.BeginPassResponse, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.enter("BeginPass"); err != nil {
@@ -173,11 +172,11 @@ func (h *Host) BeginPass(_ context.Context, r *changetrackerv1.BeginPassRequest)
 		h.points = append(h.points, p)
 		h.highest = max(h.highest, r.GetPass())
 	}
-	return &changetrackerv1.BeginPassResponse{Pass: proto.Clone(p).(*typesv1.HostPoint)}, nil
+	return &hostproviderv1.BeginPassResponse{Pass: proto.Clone(p).(*typesv1.HostPoint)}, nil
 }
 
-// SettlePass implements ChangeTrackerService.
-func (h *Host) SettlePass(_ context.Context, r *changetrackerv1.SettlePassRequest) (*changetrackerv1.SettlePassResponse, error) {
+// SettlePass implements HostService.
+func (h *Host) SettlePass(_ context.Context, r *hostproviderv1.SettlePassRequest) (*hostproviderv1.SettlePassResponse, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.enter("SettlePass"); err != nil {
@@ -187,5 +186,5 @@ func (h *Host) SettlePass(_ context.Context, r *changetrackerv1.SettlePassReques
 		return nil, err
 	}
 	err := h.settle(r.GetPass(), r.GetOutcome())
-	return &changetrackerv1.SettlePassResponse{Status: h.statusLocked()}, err
+	return &hostproviderv1.SettlePassResponse{Status: h.statusLocked()}, err
 }

@@ -9,7 +9,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -29,7 +28,6 @@ type Image map[Block]uint64
 // Host is one host with one machine. Its methods may be called from any goroutine.
 type Host struct {
 	hostproviderv1.UnimplementedHostServiceServer
-	changetrackerv1.UnimplementedChangeTrackerServiceServer
 
 	mu       sync.Mutex
 	name     string

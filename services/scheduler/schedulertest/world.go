@@ -19,7 +19,6 @@ import (
 	"github.com/landfall-dr/landfall/libs/rpc"
 	"github.com/landfall-dr/landfall/libs/rpc/pki"
 	"github.com/landfall-dr/landfall/libs/testkit"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 )
@@ -74,7 +73,6 @@ func NewWorld(t testing.TB, tracer trace.TracerProvider, hosts ...*Host) *World 
 		srv, err := rpc.NewServer(rpc.ServerOptions{Name: "host", Identity: identity, TracerProvider: tracer})
 		require.NoError(t, err)
 		hostproviderv1.RegisterHostServiceServer(srv, h)
-		changetrackerv1.RegisterChangeTrackerServiceServer(srv, h)
 		lis, err := w.Network.Listen(ctx, "mem:"+id)
 		require.NoError(t, err)
 		group.Go(func() error { return srv.Run(ctx, lis) })

@@ -733,7 +733,9 @@ func (x *GetTrackingRequest) GetVm() string {
 type GetTrackingResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// State.
-	Status        *v1.TrackingStatus `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	Status *v1.TrackingStatus `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	// Failover that fences the machine; empty when none does.
+	Fence         string `protobuf:"bytes,2,opt,name=fence,proto3" json:"fence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -773,6 +775,13 @@ func (x *GetTrackingResponse) GetStatus() *v1.TrackingStatus {
 		return x.Status
 	}
 	return nil
+}
+
+func (x *GetTrackingResponse) GetFence() string {
+	if x != nil {
+		return x.Fence
+	}
+	return ""
 }
 
 // BeginPassRequest asks for a pass.
@@ -1523,6 +1532,547 @@ func (x *HashRangesResponse) GetDigests() []byte {
 	return nil
 }
 
+// ExportedDisk is one disk of a source.
+type ExportedDisk struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Disk id.
+	Disk string `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	// Size in bytes; the export must have exactly it.
+	SizeBytes int64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// nbd+unix:///EXPORT?socket=PATH or nbd://HOST:PORT/EXPORT.
+	Uri string `protobuf:"bytes,3,opt,name=uri,proto3" json:"uri,omitempty"`
+	// Meta context of the changes, for example "qemu:dirty-bitmap:landfall-7"; empty for a pass. An export that does not
+	// offer it is refused: silence would read as clean.
+	ChangeContext string `protobuf:"bytes,4,opt,name=change_context,json=changeContext,proto3" json:"change_context,omitempty"`
+	// Whether base:allocation of the export tells holes and zeroes from data (it does not for VHDX).
+	Allocation    bool `protobuf:"varint,5,opt,name=allocation,proto3" json:"allocation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportedDisk) Reset() {
+	*x = ExportedDisk{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportedDisk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportedDisk) ProtoMessage() {}
+
+func (x *ExportedDisk) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportedDisk.ProtoReflect.Descriptor instead.
+func (*ExportedDisk) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ExportedDisk) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *ExportedDisk) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ExportedDisk) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
+}
+
+func (x *ExportedDisk) GetChangeContext() string {
+	if x != nil {
+		return x.ChangeContext
+	}
+	return ""
+}
+
+func (x *ExportedDisk) GetAllocation() bool {
+	if x != nil {
+		return x.Allocation
+	}
+	return false
+}
+
+// AttachSourceRequest describes the source.
+type AttachSourceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Ordinal of the point or pass.
+	Ordinal uint64 `protobuf:"varint,3,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Scope of a pass; unspecified for a point.
+	Scope v1.PassScope `protobuf:"varint,5,opt,name=scope,proto3,enum=landfall.types.v1.PassScope" json:"scope,omitempty"`
+	// Disks in order.
+	Disks         []*ExportedDisk `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachSourceRequest) Reset() {
+	*x = AttachSourceRequest{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachSourceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachSourceRequest) ProtoMessage() {}
+
+func (x *AttachSourceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachSourceRequest.ProtoReflect.Descriptor instead.
+func (*AttachSourceRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *AttachSourceRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *AttachSourceRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *AttachSourceRequest) GetOrdinal() uint64 {
+	if x != nil {
+		return x.Ordinal
+	}
+	return 0
+}
+
+func (x *AttachSourceRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *AttachSourceRequest) GetScope() v1.PassScope {
+	if x != nil {
+		return x.Scope
+	}
+	return v1.PassScope(0)
+}
+
+func (x *AttachSourceRequest) GetDisks() []*ExportedDisk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// AttachSourceResponse has what the exports say.
+type AttachSourceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Changed or allocated bytes per disk.
+	Disks         []*v1.DiskChange `protobuf:"bytes,1,rep,name=disks,proto3" json:"disks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttachSourceResponse) Reset() {
+	*x = AttachSourceResponse{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttachSourceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttachSourceResponse) ProtoMessage() {}
+
+func (x *AttachSourceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttachSourceResponse.ProtoReflect.Descriptor instead.
+func (*AttachSourceResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *AttachSourceResponse) GetDisks() []*v1.DiskChange {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+// DetachSourceRequest names the point or pass.
+type DetachSourceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Ordinal of the point or pass; 0 forgets whatever there is.
+	Ordinal       uint64 `protobuf:"varint,3,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachSourceRequest) Reset() {
+	*x = DetachSourceRequest{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachSourceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachSourceRequest) ProtoMessage() {}
+
+func (x *DetachSourceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachSourceRequest.ProtoReflect.Descriptor instead.
+func (*DetachSourceRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *DetachSourceRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *DetachSourceRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *DetachSourceRequest) GetOrdinal() uint64 {
+	if x != nil {
+		return x.Ordinal
+	}
+	return 0
+}
+
+// DetachSourceResponse is empty.
+type DetachSourceResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DetachSourceResponse) Reset() {
+	*x = DetachSourceResponse{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DetachSourceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DetachSourceResponse) ProtoMessage() {}
+
+func (x *DetachSourceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DetachSourceResponse.ProtoReflect.Descriptor instead.
+func (*DetachSourceResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{28}
+}
+
+// FenceMachineRequest names the machine and the failover.
+type FenceMachineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// failovers/{failover}.
+	Failover      string `protobuf:"bytes,4,opt,name=failover,proto3" json:"failover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceMachineRequest) Reset() {
+	*x = FenceMachineRequest{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceMachineRequest) ProtoMessage() {}
+
+func (x *FenceMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceMachineRequest.ProtoReflect.Descriptor instead.
+func (*FenceMachineRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *FenceMachineRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *FenceMachineRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *FenceMachineRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *FenceMachineRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+// FenceMachineResponse is empty.
+type FenceMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FenceMachineResponse) Reset() {
+	*x = FenceMachineResponse{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FenceMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FenceMachineResponse) ProtoMessage() {}
+
+func (x *FenceMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FenceMachineResponse.ProtoReflect.Descriptor instead.
+func (*FenceMachineResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{30}
+}
+
+// UnfenceMachineRequest names the machine and the failover.
+type UnfenceMachineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// failovers/{failover}.
+	Failover      string `protobuf:"bytes,4,opt,name=failover,proto3" json:"failover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnfenceMachineRequest) Reset() {
+	*x = UnfenceMachineRequest{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnfenceMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnfenceMachineRequest) ProtoMessage() {}
+
+func (x *UnfenceMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnfenceMachineRequest.ProtoReflect.Descriptor instead.
+func (*UnfenceMachineRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *UnfenceMachineRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *UnfenceMachineRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *UnfenceMachineRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *UnfenceMachineRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+// UnfenceMachineResponse is empty.
+type UnfenceMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnfenceMachineResponse) Reset() {
+	*x = UnfenceMachineResponse{}
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnfenceMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnfenceMachineResponse) ProtoMessage() {}
+
+func (x *UnfenceMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_changetracker_v1_change_tracker_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnfenceMachineResponse.ProtoReflect.Descriptor instead.
+func (*UnfenceMachineResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP(), []int{32}
+}
+
 var File_landfall_changetracker_v1_change_tracker_proto protoreflect.FileDescriptor
 
 const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
@@ -1567,9 +2117,10 @@ const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
 	"\x12SettleLogsResponse\x129\n" +
 	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status\"-\n" +
 	"\x12GetTrackingRequest\x12\x17\n" +
-	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\"P\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\"f\n" +
 	"\x13GetTrackingResponse\x129\n" +
-	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status\"\xcf\x01\n" +
+	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status\x12\x14\n" +
+	"\x05fence\x18\x02 \x01(\tR\x05fence\"\xcf\x01\n" +
 	"\x10BeginPassRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
 	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x1b\n" +
@@ -1625,7 +2176,43 @@ const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
 	"\x06chunks\x18\x02 \x01(\x03R\x06chunks\x12\x12\n" +
 	"\x04zero\x18\x03 \x01(\bR\x04zero\x12\x18\n" +
-	"\adigests\x18\x04 \x01(\fR\adigests2\xeb\f\n" +
+	"\adigests\x18\x04 \x01(\fR\adigests\"\xb5\x01\n" +
+	"\fExportedDisk\x12\x1b\n" +
+	"\x04disk\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04disk\x12&\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03B\a\xbaH\x04\"\x02 \x00R\tsizeBytes\x12\x19\n" +
+	"\x03uri\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x03uri\x12%\n" +
+	"\x0echange_context\x18\x04 \x01(\tR\rchangeContext\x12\x1e\n" +
+	"\n" +
+	"allocation\x18\x05 \x01(\bR\n" +
+	"allocation\"\x97\x02\n" +
+	"\x13AttachSourceRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12!\n" +
+	"\aordinal\x18\x03 \x01(\x04B\a\xbaH\x042\x02 \x00R\aordinal\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x122\n" +
+	"\x05scope\x18\x05 \x01(\x0e2\x1c.landfall.types.v1.PassScopeR\x05scope\x12I\n" +
+	"\x05disks\x18\x06 \x03(\v2'.landfall.changetracker.v1.ExportedDiskB\n" +
+	"\xbaH\a\x92\x01\x04\b\x01\x10@R\x05disks\"K\n" +
+	"\x14AttachSourceResponse\x123\n" +
+	"\x05disks\x18\x01 \x03(\v2\x1d.landfall.types.v1.DiskChangeR\x05disks\"y\n" +
+	"\x13DetachSourceRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x18\n" +
+	"\aordinal\x18\x03 \x01(\x04R\aordinal\"\x16\n" +
+	"\x14DetachSourceResponse\"\x9a\x01\n" +
+	"\x13FenceMachineRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12#\n" +
+	"\bfailover\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\bfailover\"\x16\n" +
+	"\x14FenceMachineResponse\"\x9c\x01\n" +
+	"\x15UnfenceMachineRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12#\n" +
+	"\bfailover\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\bfailover\"\x18\n" +
+	"\x16UnfenceMachineResponse2\x95\x11\n" +
 	"\x14ChangeTrackerService\x12\x87\x01\n" +
 	"\rAttachMachine\x12/.landfall.changetracker.v1.AttachMachineRequest\x1a0.landfall.changetracker.v1.AttachMachineResponse\"\x13\xaa\xbb\x18\x0f\n" +
 	"\rhost-provider\x12\x87\x01\n" +
@@ -1643,12 +2230,20 @@ const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
 	"\rhost-provider\x12\x8f\x01\n" +
 	"\vGetTracking\x12-.landfall.changetracker.v1.GetTrackingRequest\x1a..landfall.changetracker.v1.GetTrackingResponse\"!\xaa\xbb\x18\x1a\n" +
 	"\rhost-provider\n" +
-	"\tscheduler\x90\x02\x01\x12w\n" +
-	"\tBeginPass\x12+.landfall.changetracker.v1.BeginPassRequest\x1a,.landfall.changetracker.v1.BeginPassResponse\"\x0f\xaa\xbb\x18\v\n" +
-	"\tscheduler\x12z\n" +
+	"\tscheduler\x90\x02\x01\x12{\n" +
+	"\tBeginPass\x12+.landfall.changetracker.v1.BeginPassRequest\x1a,.landfall.changetracker.v1.BeginPassResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12~\n" +
 	"\n" +
-	"SettlePass\x12,.landfall.changetracker.v1.SettlePassRequest\x1a-.landfall.changetracker.v1.SettlePassResponse\"\x0f\xaa\xbb\x18\v\n" +
-	"\tscheduler\x12\x90\x01\n" +
+	"SettlePass\x12,.landfall.changetracker.v1.SettlePassRequest\x1a-.landfall.changetracker.v1.SettlePassResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12\x84\x01\n" +
+	"\fAttachSource\x12..landfall.changetracker.v1.AttachSourceRequest\x1a/.landfall.changetracker.v1.AttachSourceResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12\x84\x01\n" +
+	"\fDetachSource\x12..landfall.changetracker.v1.DetachSourceRequest\x1a/.landfall.changetracker.v1.DetachSourceResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12\x84\x01\n" +
+	"\fFenceMachine\x12..landfall.changetracker.v1.FenceMachineRequest\x1a/.landfall.changetracker.v1.FenceMachineResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12\x8a\x01\n" +
+	"\x0eUnfenceMachine\x120.landfall.changetracker.v1.UnfenceMachineRequest\x1a1.landfall.changetracker.v1.UnfenceMachineResponse\"\x13\xaa\xbb\x18\x0f\n" +
+	"\rhost-provider\x12\x90\x01\n" +
 	"\vReadChanges\x12-.landfall.changetracker.v1.ReadChangesRequest\x1a..landfall.changetracker.v1.ReadChangesResponse\" \xaa\xbb\x18\x19\n" +
 	"\buploader\n" +
 	"\rresync-engine\x90\x02\x010\x01\x12\x8d\x01\n" +
@@ -1673,83 +2268,104 @@ func file_landfall_changetracker_v1_change_tracker_proto_rawDescGZIP() []byte {
 	return file_landfall_changetracker_v1_change_tracker_proto_rawDescData
 }
 
-var file_landfall_changetracker_v1_change_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_landfall_changetracker_v1_change_tracker_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_landfall_changetracker_v1_change_tracker_proto_goTypes = []any{
-	(*AttachMachineRequest)(nil),  // 0: landfall.changetracker.v1.AttachMachineRequest
-	(*AttachMachineResponse)(nil), // 1: landfall.changetracker.v1.AttachMachineResponse
-	(*DetachMachineRequest)(nil),  // 2: landfall.changetracker.v1.DetachMachineRequest
-	(*DetachMachineResponse)(nil), // 3: landfall.changetracker.v1.DetachMachineResponse
-	(*StartTrackingRequest)(nil),  // 4: landfall.changetracker.v1.StartTrackingRequest
-	(*StartTrackingResponse)(nil), // 5: landfall.changetracker.v1.StartTrackingResponse
-	(*StopTrackingRequest)(nil),   // 6: landfall.changetracker.v1.StopTrackingRequest
-	(*StopTrackingResponse)(nil),  // 7: landfall.changetracker.v1.StopTrackingResponse
-	(*SwitchLogsRequest)(nil),     // 8: landfall.changetracker.v1.SwitchLogsRequest
-	(*SwitchLogsResponse)(nil),    // 9: landfall.changetracker.v1.SwitchLogsResponse
-	(*SettleLogsRequest)(nil),     // 10: landfall.changetracker.v1.SettleLogsRequest
-	(*SettleLogsResponse)(nil),    // 11: landfall.changetracker.v1.SettleLogsResponse
-	(*GetTrackingRequest)(nil),    // 12: landfall.changetracker.v1.GetTrackingRequest
-	(*GetTrackingResponse)(nil),   // 13: landfall.changetracker.v1.GetTrackingResponse
-	(*BeginPassRequest)(nil),      // 14: landfall.changetracker.v1.BeginPassRequest
-	(*BeginPassResponse)(nil),     // 15: landfall.changetracker.v1.BeginPassResponse
-	(*SettlePassRequest)(nil),     // 16: landfall.changetracker.v1.SettlePassRequest
-	(*SettlePassResponse)(nil),    // 17: landfall.changetracker.v1.SettlePassResponse
-	(*ReadChangesRequest)(nil),    // 18: landfall.changetracker.v1.ReadChangesRequest
-	(*ReadChangesResponse)(nil),   // 19: landfall.changetracker.v1.ReadChangesResponse
-	(*ReadRangesRequest)(nil),     // 20: landfall.changetracker.v1.ReadRangesRequest
-	(*ReadRangesResponse)(nil),    // 21: landfall.changetracker.v1.ReadRangesResponse
-	(*HashRangesRequest)(nil),     // 22: landfall.changetracker.v1.HashRangesRequest
-	(*HashRangesResponse)(nil),    // 23: landfall.changetracker.v1.HashRangesResponse
-	(*v1.Disk)(nil),               // 24: landfall.types.v1.Disk
-	(*v1.TrackingStatus)(nil),     // 25: landfall.types.v1.TrackingStatus
-	(*v1.HostPoint)(nil),          // 26: landfall.types.v1.HostPoint
-	(v1.SettleOutcome)(0),         // 27: landfall.types.v1.SettleOutcome
-	(v1.PassScope)(0),             // 28: landfall.types.v1.PassScope
-	(*v1.ByteRange)(nil),          // 29: landfall.types.v1.ByteRange
+	(*AttachMachineRequest)(nil),   // 0: landfall.changetracker.v1.AttachMachineRequest
+	(*AttachMachineResponse)(nil),  // 1: landfall.changetracker.v1.AttachMachineResponse
+	(*DetachMachineRequest)(nil),   // 2: landfall.changetracker.v1.DetachMachineRequest
+	(*DetachMachineResponse)(nil),  // 3: landfall.changetracker.v1.DetachMachineResponse
+	(*StartTrackingRequest)(nil),   // 4: landfall.changetracker.v1.StartTrackingRequest
+	(*StartTrackingResponse)(nil),  // 5: landfall.changetracker.v1.StartTrackingResponse
+	(*StopTrackingRequest)(nil),    // 6: landfall.changetracker.v1.StopTrackingRequest
+	(*StopTrackingResponse)(nil),   // 7: landfall.changetracker.v1.StopTrackingResponse
+	(*SwitchLogsRequest)(nil),      // 8: landfall.changetracker.v1.SwitchLogsRequest
+	(*SwitchLogsResponse)(nil),     // 9: landfall.changetracker.v1.SwitchLogsResponse
+	(*SettleLogsRequest)(nil),      // 10: landfall.changetracker.v1.SettleLogsRequest
+	(*SettleLogsResponse)(nil),     // 11: landfall.changetracker.v1.SettleLogsResponse
+	(*GetTrackingRequest)(nil),     // 12: landfall.changetracker.v1.GetTrackingRequest
+	(*GetTrackingResponse)(nil),    // 13: landfall.changetracker.v1.GetTrackingResponse
+	(*BeginPassRequest)(nil),       // 14: landfall.changetracker.v1.BeginPassRequest
+	(*BeginPassResponse)(nil),      // 15: landfall.changetracker.v1.BeginPassResponse
+	(*SettlePassRequest)(nil),      // 16: landfall.changetracker.v1.SettlePassRequest
+	(*SettlePassResponse)(nil),     // 17: landfall.changetracker.v1.SettlePassResponse
+	(*ReadChangesRequest)(nil),     // 18: landfall.changetracker.v1.ReadChangesRequest
+	(*ReadChangesResponse)(nil),    // 19: landfall.changetracker.v1.ReadChangesResponse
+	(*ReadRangesRequest)(nil),      // 20: landfall.changetracker.v1.ReadRangesRequest
+	(*ReadRangesResponse)(nil),     // 21: landfall.changetracker.v1.ReadRangesResponse
+	(*HashRangesRequest)(nil),      // 22: landfall.changetracker.v1.HashRangesRequest
+	(*HashRangesResponse)(nil),     // 23: landfall.changetracker.v1.HashRangesResponse
+	(*ExportedDisk)(nil),           // 24: landfall.changetracker.v1.ExportedDisk
+	(*AttachSourceRequest)(nil),    // 25: landfall.changetracker.v1.AttachSourceRequest
+	(*AttachSourceResponse)(nil),   // 26: landfall.changetracker.v1.AttachSourceResponse
+	(*DetachSourceRequest)(nil),    // 27: landfall.changetracker.v1.DetachSourceRequest
+	(*DetachSourceResponse)(nil),   // 28: landfall.changetracker.v1.DetachSourceResponse
+	(*FenceMachineRequest)(nil),    // 29: landfall.changetracker.v1.FenceMachineRequest
+	(*FenceMachineResponse)(nil),   // 30: landfall.changetracker.v1.FenceMachineResponse
+	(*UnfenceMachineRequest)(nil),  // 31: landfall.changetracker.v1.UnfenceMachineRequest
+	(*UnfenceMachineResponse)(nil), // 32: landfall.changetracker.v1.UnfenceMachineResponse
+	(*v1.Disk)(nil),                // 33: landfall.types.v1.Disk
+	(*v1.TrackingStatus)(nil),      // 34: landfall.types.v1.TrackingStatus
+	(*v1.HostPoint)(nil),           // 35: landfall.types.v1.HostPoint
+	(v1.SettleOutcome)(0),          // 36: landfall.types.v1.SettleOutcome
+	(v1.PassScope)(0),              // 37: landfall.types.v1.PassScope
+	(*v1.ByteRange)(nil),           // 38: landfall.types.v1.ByteRange
+	(*v1.DiskChange)(nil),          // 39: landfall.types.v1.DiskChange
 }
 var file_landfall_changetracker_v1_change_tracker_proto_depIdxs = []int32{
-	24, // 0: landfall.changetracker.v1.AttachMachineRequest.disks:type_name -> landfall.types.v1.Disk
-	24, // 1: landfall.changetracker.v1.AttachMachineResponse.disks:type_name -> landfall.types.v1.Disk
-	25, // 2: landfall.changetracker.v1.StartTrackingResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	26, // 3: landfall.changetracker.v1.SwitchLogsResponse.point:type_name -> landfall.types.v1.HostPoint
-	27, // 4: landfall.changetracker.v1.SettleLogsRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
-	25, // 5: landfall.changetracker.v1.SettleLogsResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	25, // 6: landfall.changetracker.v1.GetTrackingResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	28, // 7: landfall.changetracker.v1.BeginPassRequest.scope:type_name -> landfall.types.v1.PassScope
-	26, // 8: landfall.changetracker.v1.BeginPassResponse.pass:type_name -> landfall.types.v1.HostPoint
-	27, // 9: landfall.changetracker.v1.SettlePassRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
-	25, // 10: landfall.changetracker.v1.SettlePassResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	29, // 11: landfall.changetracker.v1.ReadRangesRequest.window:type_name -> landfall.types.v1.ByteRange
-	29, // 12: landfall.changetracker.v1.ReadRangesRequest.ranges:type_name -> landfall.types.v1.ByteRange
-	29, // 13: landfall.changetracker.v1.HashRangesRequest.window:type_name -> landfall.types.v1.ByteRange
-	0,  // 14: landfall.changetracker.v1.ChangeTrackerService.AttachMachine:input_type -> landfall.changetracker.v1.AttachMachineRequest
-	2,  // 15: landfall.changetracker.v1.ChangeTrackerService.DetachMachine:input_type -> landfall.changetracker.v1.DetachMachineRequest
-	4,  // 16: landfall.changetracker.v1.ChangeTrackerService.StartTracking:input_type -> landfall.changetracker.v1.StartTrackingRequest
-	6,  // 17: landfall.changetracker.v1.ChangeTrackerService.StopTracking:input_type -> landfall.changetracker.v1.StopTrackingRequest
-	8,  // 18: landfall.changetracker.v1.ChangeTrackerService.SwitchLogs:input_type -> landfall.changetracker.v1.SwitchLogsRequest
-	10, // 19: landfall.changetracker.v1.ChangeTrackerService.SettleLogs:input_type -> landfall.changetracker.v1.SettleLogsRequest
-	12, // 20: landfall.changetracker.v1.ChangeTrackerService.GetTracking:input_type -> landfall.changetracker.v1.GetTrackingRequest
-	14, // 21: landfall.changetracker.v1.ChangeTrackerService.BeginPass:input_type -> landfall.changetracker.v1.BeginPassRequest
-	16, // 22: landfall.changetracker.v1.ChangeTrackerService.SettlePass:input_type -> landfall.changetracker.v1.SettlePassRequest
-	18, // 23: landfall.changetracker.v1.ChangeTrackerService.ReadChanges:input_type -> landfall.changetracker.v1.ReadChangesRequest
-	20, // 24: landfall.changetracker.v1.ChangeTrackerService.ReadRanges:input_type -> landfall.changetracker.v1.ReadRangesRequest
-	22, // 25: landfall.changetracker.v1.ChangeTrackerService.HashRanges:input_type -> landfall.changetracker.v1.HashRangesRequest
-	1,  // 26: landfall.changetracker.v1.ChangeTrackerService.AttachMachine:output_type -> landfall.changetracker.v1.AttachMachineResponse
-	3,  // 27: landfall.changetracker.v1.ChangeTrackerService.DetachMachine:output_type -> landfall.changetracker.v1.DetachMachineResponse
-	5,  // 28: landfall.changetracker.v1.ChangeTrackerService.StartTracking:output_type -> landfall.changetracker.v1.StartTrackingResponse
-	7,  // 29: landfall.changetracker.v1.ChangeTrackerService.StopTracking:output_type -> landfall.changetracker.v1.StopTrackingResponse
-	9,  // 30: landfall.changetracker.v1.ChangeTrackerService.SwitchLogs:output_type -> landfall.changetracker.v1.SwitchLogsResponse
-	11, // 31: landfall.changetracker.v1.ChangeTrackerService.SettleLogs:output_type -> landfall.changetracker.v1.SettleLogsResponse
-	13, // 32: landfall.changetracker.v1.ChangeTrackerService.GetTracking:output_type -> landfall.changetracker.v1.GetTrackingResponse
-	15, // 33: landfall.changetracker.v1.ChangeTrackerService.BeginPass:output_type -> landfall.changetracker.v1.BeginPassResponse
-	17, // 34: landfall.changetracker.v1.ChangeTrackerService.SettlePass:output_type -> landfall.changetracker.v1.SettlePassResponse
-	19, // 35: landfall.changetracker.v1.ChangeTrackerService.ReadChanges:output_type -> landfall.changetracker.v1.ReadChangesResponse
-	21, // 36: landfall.changetracker.v1.ChangeTrackerService.ReadRanges:output_type -> landfall.changetracker.v1.ReadRangesResponse
-	23, // 37: landfall.changetracker.v1.ChangeTrackerService.HashRanges:output_type -> landfall.changetracker.v1.HashRangesResponse
-	26, // [26:38] is the sub-list for method output_type
-	14, // [14:26] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	33, // 0: landfall.changetracker.v1.AttachMachineRequest.disks:type_name -> landfall.types.v1.Disk
+	33, // 1: landfall.changetracker.v1.AttachMachineResponse.disks:type_name -> landfall.types.v1.Disk
+	34, // 2: landfall.changetracker.v1.StartTrackingResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	35, // 3: landfall.changetracker.v1.SwitchLogsResponse.point:type_name -> landfall.types.v1.HostPoint
+	36, // 4: landfall.changetracker.v1.SettleLogsRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
+	34, // 5: landfall.changetracker.v1.SettleLogsResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	34, // 6: landfall.changetracker.v1.GetTrackingResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	37, // 7: landfall.changetracker.v1.BeginPassRequest.scope:type_name -> landfall.types.v1.PassScope
+	35, // 8: landfall.changetracker.v1.BeginPassResponse.pass:type_name -> landfall.types.v1.HostPoint
+	36, // 9: landfall.changetracker.v1.SettlePassRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
+	34, // 10: landfall.changetracker.v1.SettlePassResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	38, // 11: landfall.changetracker.v1.ReadRangesRequest.window:type_name -> landfall.types.v1.ByteRange
+	38, // 12: landfall.changetracker.v1.ReadRangesRequest.ranges:type_name -> landfall.types.v1.ByteRange
+	38, // 13: landfall.changetracker.v1.HashRangesRequest.window:type_name -> landfall.types.v1.ByteRange
+	37, // 14: landfall.changetracker.v1.AttachSourceRequest.scope:type_name -> landfall.types.v1.PassScope
+	24, // 15: landfall.changetracker.v1.AttachSourceRequest.disks:type_name -> landfall.changetracker.v1.ExportedDisk
+	39, // 16: landfall.changetracker.v1.AttachSourceResponse.disks:type_name -> landfall.types.v1.DiskChange
+	0,  // 17: landfall.changetracker.v1.ChangeTrackerService.AttachMachine:input_type -> landfall.changetracker.v1.AttachMachineRequest
+	2,  // 18: landfall.changetracker.v1.ChangeTrackerService.DetachMachine:input_type -> landfall.changetracker.v1.DetachMachineRequest
+	4,  // 19: landfall.changetracker.v1.ChangeTrackerService.StartTracking:input_type -> landfall.changetracker.v1.StartTrackingRequest
+	6,  // 20: landfall.changetracker.v1.ChangeTrackerService.StopTracking:input_type -> landfall.changetracker.v1.StopTrackingRequest
+	8,  // 21: landfall.changetracker.v1.ChangeTrackerService.SwitchLogs:input_type -> landfall.changetracker.v1.SwitchLogsRequest
+	10, // 22: landfall.changetracker.v1.ChangeTrackerService.SettleLogs:input_type -> landfall.changetracker.v1.SettleLogsRequest
+	12, // 23: landfall.changetracker.v1.ChangeTrackerService.GetTracking:input_type -> landfall.changetracker.v1.GetTrackingRequest
+	14, // 24: landfall.changetracker.v1.ChangeTrackerService.BeginPass:input_type -> landfall.changetracker.v1.BeginPassRequest
+	16, // 25: landfall.changetracker.v1.ChangeTrackerService.SettlePass:input_type -> landfall.changetracker.v1.SettlePassRequest
+	25, // 26: landfall.changetracker.v1.ChangeTrackerService.AttachSource:input_type -> landfall.changetracker.v1.AttachSourceRequest
+	27, // 27: landfall.changetracker.v1.ChangeTrackerService.DetachSource:input_type -> landfall.changetracker.v1.DetachSourceRequest
+	29, // 28: landfall.changetracker.v1.ChangeTrackerService.FenceMachine:input_type -> landfall.changetracker.v1.FenceMachineRequest
+	31, // 29: landfall.changetracker.v1.ChangeTrackerService.UnfenceMachine:input_type -> landfall.changetracker.v1.UnfenceMachineRequest
+	18, // 30: landfall.changetracker.v1.ChangeTrackerService.ReadChanges:input_type -> landfall.changetracker.v1.ReadChangesRequest
+	20, // 31: landfall.changetracker.v1.ChangeTrackerService.ReadRanges:input_type -> landfall.changetracker.v1.ReadRangesRequest
+	22, // 32: landfall.changetracker.v1.ChangeTrackerService.HashRanges:input_type -> landfall.changetracker.v1.HashRangesRequest
+	1,  // 33: landfall.changetracker.v1.ChangeTrackerService.AttachMachine:output_type -> landfall.changetracker.v1.AttachMachineResponse
+	3,  // 34: landfall.changetracker.v1.ChangeTrackerService.DetachMachine:output_type -> landfall.changetracker.v1.DetachMachineResponse
+	5,  // 35: landfall.changetracker.v1.ChangeTrackerService.StartTracking:output_type -> landfall.changetracker.v1.StartTrackingResponse
+	7,  // 36: landfall.changetracker.v1.ChangeTrackerService.StopTracking:output_type -> landfall.changetracker.v1.StopTrackingResponse
+	9,  // 37: landfall.changetracker.v1.ChangeTrackerService.SwitchLogs:output_type -> landfall.changetracker.v1.SwitchLogsResponse
+	11, // 38: landfall.changetracker.v1.ChangeTrackerService.SettleLogs:output_type -> landfall.changetracker.v1.SettleLogsResponse
+	13, // 39: landfall.changetracker.v1.ChangeTrackerService.GetTracking:output_type -> landfall.changetracker.v1.GetTrackingResponse
+	15, // 40: landfall.changetracker.v1.ChangeTrackerService.BeginPass:output_type -> landfall.changetracker.v1.BeginPassResponse
+	17, // 41: landfall.changetracker.v1.ChangeTrackerService.SettlePass:output_type -> landfall.changetracker.v1.SettlePassResponse
+	26, // 42: landfall.changetracker.v1.ChangeTrackerService.AttachSource:output_type -> landfall.changetracker.v1.AttachSourceResponse
+	28, // 43: landfall.changetracker.v1.ChangeTrackerService.DetachSource:output_type -> landfall.changetracker.v1.DetachSourceResponse
+	30, // 44: landfall.changetracker.v1.ChangeTrackerService.FenceMachine:output_type -> landfall.changetracker.v1.FenceMachineResponse
+	32, // 45: landfall.changetracker.v1.ChangeTrackerService.UnfenceMachine:output_type -> landfall.changetracker.v1.UnfenceMachineResponse
+	19, // 46: landfall.changetracker.v1.ChangeTrackerService.ReadChanges:output_type -> landfall.changetracker.v1.ReadChangesResponse
+	21, // 47: landfall.changetracker.v1.ChangeTrackerService.ReadRanges:output_type -> landfall.changetracker.v1.ReadRangesResponse
+	23, // 48: landfall.changetracker.v1.ChangeTrackerService.HashRanges:output_type -> landfall.changetracker.v1.HashRangesResponse
+	33, // [33:49] is the sub-list for method output_type
+	17, // [17:33] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_landfall_changetracker_v1_change_tracker_proto_init() }
@@ -1763,7 +2379,7 @@ func file_landfall_changetracker_v1_change_tracker_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_changetracker_v1_change_tracker_proto_rawDesc), len(file_landfall_changetracker_v1_change_tracker_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

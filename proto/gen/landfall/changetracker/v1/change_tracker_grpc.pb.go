@@ -19,18 +19,22 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ChangeTrackerService_AttachMachine_FullMethodName = "/landfall.changetracker.v1.ChangeTrackerService/AttachMachine"
-	ChangeTrackerService_DetachMachine_FullMethodName = "/landfall.changetracker.v1.ChangeTrackerService/DetachMachine"
-	ChangeTrackerService_StartTracking_FullMethodName = "/landfall.changetracker.v1.ChangeTrackerService/StartTracking"
-	ChangeTrackerService_StopTracking_FullMethodName  = "/landfall.changetracker.v1.ChangeTrackerService/StopTracking"
-	ChangeTrackerService_SwitchLogs_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/SwitchLogs"
-	ChangeTrackerService_SettleLogs_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/SettleLogs"
-	ChangeTrackerService_GetTracking_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/GetTracking"
-	ChangeTrackerService_BeginPass_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/BeginPass"
-	ChangeTrackerService_SettlePass_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/SettlePass"
-	ChangeTrackerService_ReadChanges_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/ReadChanges"
-	ChangeTrackerService_ReadRanges_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/ReadRanges"
-	ChangeTrackerService_HashRanges_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/HashRanges"
+	ChangeTrackerService_AttachMachine_FullMethodName  = "/landfall.changetracker.v1.ChangeTrackerService/AttachMachine"
+	ChangeTrackerService_DetachMachine_FullMethodName  = "/landfall.changetracker.v1.ChangeTrackerService/DetachMachine"
+	ChangeTrackerService_StartTracking_FullMethodName  = "/landfall.changetracker.v1.ChangeTrackerService/StartTracking"
+	ChangeTrackerService_StopTracking_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/StopTracking"
+	ChangeTrackerService_SwitchLogs_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/SwitchLogs"
+	ChangeTrackerService_SettleLogs_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/SettleLogs"
+	ChangeTrackerService_GetTracking_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/GetTracking"
+	ChangeTrackerService_BeginPass_FullMethodName      = "/landfall.changetracker.v1.ChangeTrackerService/BeginPass"
+	ChangeTrackerService_SettlePass_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/SettlePass"
+	ChangeTrackerService_AttachSource_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/AttachSource"
+	ChangeTrackerService_DetachSource_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/DetachSource"
+	ChangeTrackerService_FenceMachine_FullMethodName   = "/landfall.changetracker.v1.ChangeTrackerService/FenceMachine"
+	ChangeTrackerService_UnfenceMachine_FullMethodName = "/landfall.changetracker.v1.ChangeTrackerService/UnfenceMachine"
+	ChangeTrackerService_ReadChanges_FullMethodName    = "/landfall.changetracker.v1.ChangeTrackerService/ReadChanges"
+	ChangeTrackerService_ReadRanges_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/ReadRanges"
+	ChangeTrackerService_HashRanges_FullMethodName     = "/landfall.changetracker.v1.ChangeTrackerService/HashRanges"
 )
 
 // ChangeTrackerServiceClient is the client API for ChangeTrackerService service.
@@ -71,6 +75,17 @@ type ChangeTrackerServiceClient interface {
 	BeginPass(ctx context.Context, in *BeginPassRequest, opts ...grpc.CallOption) (*BeginPassResponse, error)
 	// SettlePass ends a pass: COMMITTED forgets its ranges and makes it the base, ABANDONED makes them dirty again. The first settle wins.
 	SettlePass(ctx context.Context, in *SettlePassRequest, opts ...grpc.CallOption) (*SettlePassResponse, error)
+	// AttachSource says where an open point or pass of a machine is read when the hypervisor keeps its changes: one NBD
+	// export per disk. Persisted until DetachSource. It replaces an older source of the machine. Every disk is opened and
+	// checked before it answers. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, SOURCE_EXPORT_INVALID, UNAVAILABLE.
+	AttachSource(ctx context.Context, in *AttachSourceRequest, opts ...grpc.CallOption) (*AttachSourceResponse, error)
+	// DetachSource forgets the source of a settled point or pass; readers of it end. Idempotent.
+	DetachSource(ctx context.Context, in *DetachSourceRequest, opts ...grpc.CallOption) (*DetachSourceResponse, error)
+	// FenceMachine closes a machine's exports to guests for a failover, durably: nothing can write to its disks until
+	// UnfenceMachine. Points can still be cut and read. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, MACHINE_FENCED.
+	FenceMachine(ctx context.Context, in *FenceMachineRequest, opts ...grpc.CallOption) (*FenceMachineResponse, error)
+	// UnfenceMachine lifts the fence of a failover. Idempotent. Reasons: MACHINE_FENCED (by another failover).
+	UnfenceMachine(ctx context.Context, in *UnfenceMachineRequest, opts ...grpc.CallOption) (*UnfenceMachineResponse, error)
 	// ReadChanges streams the changes of one disk in an open point, ascending, coalesced (the last write wins). A broken
 	// stream is read again from resume_offset. Reasons: POINT_NOT_CUT, POINT_SETTLED, TRACKING_BROKEN.
 	ReadChanges(ctx context.Context, in *ReadChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadChangesResponse], error)
@@ -180,6 +195,46 @@ func (c *changeTrackerServiceClient) SettlePass(ctx context.Context, in *SettleP
 	return out, nil
 }
 
+func (c *changeTrackerServiceClient) AttachSource(ctx context.Context, in *AttachSourceRequest, opts ...grpc.CallOption) (*AttachSourceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AttachSourceResponse)
+	err := c.cc.Invoke(ctx, ChangeTrackerService_AttachSource_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *changeTrackerServiceClient) DetachSource(ctx context.Context, in *DetachSourceRequest, opts ...grpc.CallOption) (*DetachSourceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DetachSourceResponse)
+	err := c.cc.Invoke(ctx, ChangeTrackerService_DetachSource_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *changeTrackerServiceClient) FenceMachine(ctx context.Context, in *FenceMachineRequest, opts ...grpc.CallOption) (*FenceMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FenceMachineResponse)
+	err := c.cc.Invoke(ctx, ChangeTrackerService_FenceMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *changeTrackerServiceClient) UnfenceMachine(ctx context.Context, in *UnfenceMachineRequest, opts ...grpc.CallOption) (*UnfenceMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnfenceMachineResponse)
+	err := c.cc.Invoke(ctx, ChangeTrackerService_UnfenceMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *changeTrackerServiceClient) ReadChanges(ctx context.Context, in *ReadChangesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadChangesResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &ChangeTrackerService_ServiceDesc.Streams[0], ChangeTrackerService_ReadChanges_FullMethodName, cOpts...)
@@ -275,6 +330,17 @@ type ChangeTrackerServiceServer interface {
 	BeginPass(context.Context, *BeginPassRequest) (*BeginPassResponse, error)
 	// SettlePass ends a pass: COMMITTED forgets its ranges and makes it the base, ABANDONED makes them dirty again. The first settle wins.
 	SettlePass(context.Context, *SettlePassRequest) (*SettlePassResponse, error)
+	// AttachSource says where an open point or pass of a machine is read when the hypervisor keeps its changes: one NBD
+	// export per disk. Persisted until DetachSource. It replaces an older source of the machine. Every disk is opened and
+	// checked before it answers. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, SOURCE_EXPORT_INVALID, UNAVAILABLE.
+	AttachSource(context.Context, *AttachSourceRequest) (*AttachSourceResponse, error)
+	// DetachSource forgets the source of a settled point or pass; readers of it end. Idempotent.
+	DetachSource(context.Context, *DetachSourceRequest) (*DetachSourceResponse, error)
+	// FenceMachine closes a machine's exports to guests for a failover, durably: nothing can write to its disks until
+	// UnfenceMachine. Points can still be cut and read. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, MACHINE_FENCED.
+	FenceMachine(context.Context, *FenceMachineRequest) (*FenceMachineResponse, error)
+	// UnfenceMachine lifts the fence of a failover. Idempotent. Reasons: MACHINE_FENCED (by another failover).
+	UnfenceMachine(context.Context, *UnfenceMachineRequest) (*UnfenceMachineResponse, error)
 	// ReadChanges streams the changes of one disk in an open point, ascending, coalesced (the last write wins). A broken
 	// stream is read again from resume_offset. Reasons: POINT_NOT_CUT, POINT_SETTLED, TRACKING_BROKEN.
 	ReadChanges(*ReadChangesRequest, grpc.ServerStreamingServer[ReadChangesResponse]) error
@@ -320,6 +386,18 @@ func (UnimplementedChangeTrackerServiceServer) BeginPass(context.Context, *Begin
 }
 func (UnimplementedChangeTrackerServiceServer) SettlePass(context.Context, *SettlePassRequest) (*SettlePassResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SettlePass not implemented")
+}
+func (UnimplementedChangeTrackerServiceServer) AttachSource(context.Context, *AttachSourceRequest) (*AttachSourceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AttachSource not implemented")
+}
+func (UnimplementedChangeTrackerServiceServer) DetachSource(context.Context, *DetachSourceRequest) (*DetachSourceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DetachSource not implemented")
+}
+func (UnimplementedChangeTrackerServiceServer) FenceMachine(context.Context, *FenceMachineRequest) (*FenceMachineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FenceMachine not implemented")
+}
+func (UnimplementedChangeTrackerServiceServer) UnfenceMachine(context.Context, *UnfenceMachineRequest) (*UnfenceMachineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnfenceMachine not implemented")
 }
 func (UnimplementedChangeTrackerServiceServer) ReadChanges(*ReadChangesRequest, grpc.ServerStreamingServer[ReadChangesResponse]) error {
 	return status.Error(codes.Unimplemented, "method ReadChanges not implemented")
@@ -513,6 +591,78 @@ func _ChangeTrackerService_SettlePass_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ChangeTrackerService_AttachSource_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AttachSourceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ChangeTrackerServiceServer).AttachSource(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ChangeTrackerService_AttachSource_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ChangeTrackerServiceServer).AttachSource(ctx, req.(*AttachSourceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ChangeTrackerService_DetachSource_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DetachSourceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ChangeTrackerServiceServer).DetachSource(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ChangeTrackerService_DetachSource_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ChangeTrackerServiceServer).DetachSource(ctx, req.(*DetachSourceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ChangeTrackerService_FenceMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FenceMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ChangeTrackerServiceServer).FenceMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ChangeTrackerService_FenceMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ChangeTrackerServiceServer).FenceMachine(ctx, req.(*FenceMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ChangeTrackerService_UnfenceMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnfenceMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ChangeTrackerServiceServer).UnfenceMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ChangeTrackerService_UnfenceMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ChangeTrackerServiceServer).UnfenceMachine(ctx, req.(*UnfenceMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ChangeTrackerService_ReadChanges_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(ReadChangesRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -588,6 +738,22 @@ var ChangeTrackerService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SettlePass",
 			Handler:    _ChangeTrackerService_SettlePass_Handler,
+		},
+		{
+			MethodName: "AttachSource",
+			Handler:    _ChangeTrackerService_AttachSource_Handler,
+		},
+		{
+			MethodName: "DetachSource",
+			Handler:    _ChangeTrackerService_DetachSource_Handler,
+		},
+		{
+			MethodName: "FenceMachine",
+			Handler:    _ChangeTrackerService_FenceMachine_Handler,
+		},
+		{
+			MethodName: "UnfenceMachine",
+			Handler:    _ChangeTrackerService_UnfenceMachine_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -1000,6 +1000,162 @@ func (x *TaskParked) GetTask() []byte {
 	return nil
 }
 
+// FailoverChanged: a planned or unplanned failover moved. Suffix failover.changed, by the failover-orchestrator.
+type FailoverChanged struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Failover id.
+	Failover string `protobuf:"bytes,2,opt,name=failover,proto3" json:"failover,omitempty"`
+	// What it is for, for example "planned".
+	Kind string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Phase, for example "waiting-commit".
+	Phase string `protobuf:"bytes,4,opt,name=phase,proto3" json:"phase,omitempty"`
+	// Point; 0 before it is known.
+	Point uint64 `protobuf:"varint,5,opt,name=point,proto3" json:"point,omitempty"`
+	// Error, when it failed.
+	Error         *v1.ErrorDetail `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FailoverChanged) Reset() {
+	*x = FailoverChanged{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FailoverChanged) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FailoverChanged) ProtoMessage() {}
+
+func (x *FailoverChanged) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FailoverChanged.ProtoReflect.Descriptor instead.
+func (*FailoverChanged) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *FailoverChanged) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *FailoverChanged) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+func (x *FailoverChanged) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *FailoverChanged) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *FailoverChanged) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *FailoverChanged) GetError() *v1.ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+// ApplicationConsistencyMissed: a point that should have been application-consistent is only crash-consistent. Suffix
+// recovery-point.application-consistency-missed, by the scheduler.
+type ApplicationConsistencyMissed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Point ordinal.
+	Point uint64 `protobuf:"varint,2,opt,name=point,proto3" json:"point,omitempty"`
+	// Why.
+	Error         *v1.ErrorDetail `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplicationConsistencyMissed) Reset() {
+	*x = ApplicationConsistencyMissed{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplicationConsistencyMissed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplicationConsistencyMissed) ProtoMessage() {}
+
+func (x *ApplicationConsistencyMissed) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplicationConsistencyMissed.ProtoReflect.Descriptor instead.
+func (*ApplicationConsistencyMissed) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ApplicationConsistencyMissed) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ApplicationConsistencyMissed) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *ApplicationConsistencyMissed) GetError() *v1.ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
 var File_landfall_events_v1_events_proto protoreflect.FileDescriptor
 
 const file_landfall_events_v1_events_proto_rawDesc = "" +
@@ -1083,7 +1239,18 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"deliveries\x18\x03 \x01(\x03R\n" +
 	"deliveries\x124\n" +
 	"\x05error\x18\x04 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\x12\x12\n" +
-	"\x04task\x18\x05 \x01(\fR\x04taskB\xd6\x01\n" +
+	"\x04task\x18\x05 \x01(\fR\x04task\"\xb3\x01\n" +
+	"\x0fFailoverChanged\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
+	"\bfailover\x18\x02 \x01(\tR\bfailover\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05phase\x18\x04 \x01(\tR\x05phase\x12\x14\n" +
+	"\x05point\x18\x05 \x01(\x04R\x05point\x124\n" +
+	"\x05error\x18\x06 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\"z\n" +
+	"\x1cApplicationConsistencyMissed\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
+	"\x05point\x18\x02 \x01(\x04R\x05point\x124\n" +
+	"\x05error\x18\x03 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05errorB\xd6\x01\n" +
 	"\x16com.landfall.events.v1B\vEventsProtoP\x01ZEgithub.com/landfall-dr/landfall/proto/gen/landfall/events/v1;eventsv1\xa2\x02\x03LEX\xaa\x02\x12Landfall.Events.V1\xca\x02\x12Landfall\\Events\\V1\xe2\x02\x1eLandfall\\Events\\V1\\GPBMetadata\xea\x02\x14Landfall::Events::V1b\x06proto3"
 
 var (
@@ -1098,53 +1265,57 @@ func file_landfall_events_v1_events_proto_rawDescGZIP() []byte {
 	return file_landfall_events_v1_events_proto_rawDescData
 }
 
-var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_landfall_events_v1_events_proto_goTypes = []any{
-	(*RecoveryPointReceived)(nil),  // 0: landfall.events.v1.RecoveryPointReceived
-	(*PassTaskShipped)(nil),        // 1: landfall.events.v1.PassTaskShipped
-	(*ShipFailed)(nil),             // 2: landfall.events.v1.ShipFailed
-	(*RecoveryPointProcessed)(nil), // 3: landfall.events.v1.RecoveryPointProcessed
-	(*RecoveryPointAbandoned)(nil), // 4: landfall.events.v1.RecoveryPointAbandoned
-	(*ReplicationCycleMissed)(nil), // 5: landfall.events.v1.ReplicationCycleMissed
-	(*ProtectionStateChanged)(nil), // 6: landfall.events.v1.ProtectionStateChanged
-	(*HealthChanged)(nil),          // 7: landfall.events.v1.HealthChanged
-	(*ResyncBecameRequired)(nil),   // 8: landfall.events.v1.ResyncBecameRequired
-	(*JobChanged)(nil),             // 9: landfall.events.v1.JobChanged
-	(*TestFailoverChanged)(nil),    // 10: landfall.events.v1.TestFailoverChanged
-	(*TaskParked)(nil),             // 11: landfall.events.v1.TaskParked
-	(v1.PointKind)(0),              // 12: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil),  // 13: google.protobuf.Timestamp
-	(v1.Consistency)(0),            // 14: landfall.types.v1.Consistency
-	(*v1.ErrorDetail)(nil),         // 15: landfall.types.v1.ErrorDetail
-	(*durationpb.Duration)(nil),    // 16: google.protobuf.Duration
-	(v1.ProtectionState)(0),        // 17: landfall.types.v1.ProtectionState
-	(v1.Health)(0),                 // 18: landfall.types.v1.Health
-	(v1.ResyncReason)(0),           // 19: landfall.types.v1.ResyncReason
-	(*v1.Job)(nil),                 // 20: landfall.types.v1.Job
-	(v1.TestFailoverState)(0),      // 21: landfall.types.v1.TestFailoverState
+	(*RecoveryPointReceived)(nil),        // 0: landfall.events.v1.RecoveryPointReceived
+	(*PassTaskShipped)(nil),              // 1: landfall.events.v1.PassTaskShipped
+	(*ShipFailed)(nil),                   // 2: landfall.events.v1.ShipFailed
+	(*RecoveryPointProcessed)(nil),       // 3: landfall.events.v1.RecoveryPointProcessed
+	(*RecoveryPointAbandoned)(nil),       // 4: landfall.events.v1.RecoveryPointAbandoned
+	(*ReplicationCycleMissed)(nil),       // 5: landfall.events.v1.ReplicationCycleMissed
+	(*ProtectionStateChanged)(nil),       // 6: landfall.events.v1.ProtectionStateChanged
+	(*HealthChanged)(nil),                // 7: landfall.events.v1.HealthChanged
+	(*ResyncBecameRequired)(nil),         // 8: landfall.events.v1.ResyncBecameRequired
+	(*JobChanged)(nil),                   // 9: landfall.events.v1.JobChanged
+	(*TestFailoverChanged)(nil),          // 10: landfall.events.v1.TestFailoverChanged
+	(*TaskParked)(nil),                   // 11: landfall.events.v1.TaskParked
+	(*FailoverChanged)(nil),              // 12: landfall.events.v1.FailoverChanged
+	(*ApplicationConsistencyMissed)(nil), // 13: landfall.events.v1.ApplicationConsistencyMissed
+	(v1.PointKind)(0),                    // 14: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil),        // 15: google.protobuf.Timestamp
+	(v1.Consistency)(0),                  // 16: landfall.types.v1.Consistency
+	(*v1.ErrorDetail)(nil),               // 17: landfall.types.v1.ErrorDetail
+	(*durationpb.Duration)(nil),          // 18: google.protobuf.Duration
+	(v1.ProtectionState)(0),              // 19: landfall.types.v1.ProtectionState
+	(v1.Health)(0),                       // 20: landfall.types.v1.Health
+	(v1.ResyncReason)(0),                 // 21: landfall.types.v1.ResyncReason
+	(*v1.Job)(nil),                       // 22: landfall.types.v1.Job
+	(v1.TestFailoverState)(0),            // 23: landfall.types.v1.TestFailoverState
 }
 var file_landfall_events_v1_events_proto_depIdxs = []int32{
-	12, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
-	13, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
-	14, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
-	15, // 3: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
-	15, // 4: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
-	16, // 5: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
-	17, // 6: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
-	17, // 7: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
-	15, // 8: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
-	18, // 9: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
-	18, // 10: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
-	15, // 11: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
-	19, // 12: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
-	20, // 13: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
-	21, // 14: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
-	15, // 15: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
-	16, // [16:16] is the sub-list for method output_type
-	16, // [16:16] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	14, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
+	15, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
+	16, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
+	17, // 3: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
+	17, // 4: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
+	18, // 5: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
+	19, // 6: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
+	19, // 7: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
+	17, // 8: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	20, // 9: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
+	20, // 10: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
+	17, // 11: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
+	21, // 12: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
+	22, // 13: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
+	23, // 14: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
+	17, // 15: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
+	17, // 16: landfall.events.v1.FailoverChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	17, // 17: landfall.events.v1.ApplicationConsistencyMissed.error:type_name -> landfall.types.v1.ErrorDetail
+	18, // [18:18] is the sub-list for method output_type
+	18, // [18:18] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_landfall_events_v1_events_proto_init() }
@@ -1158,7 +1329,7 @@ func file_landfall_events_v1_events_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_events_v1_events_proto_rawDesc), len(file_landfall_events_v1_events_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

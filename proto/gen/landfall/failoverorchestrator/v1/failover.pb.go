@@ -32,6 +32,8 @@ const (
 	TargetKind_TARGET_KIND_UNSPECIFIED TargetKind = 0
 	// One fixed VHD per disk and vm.json in a folder.
 	TargetKind_TARGET_KIND_VHD TargetKind = 1
+	// A machine that boots under QEMU on the orchestrator's machine, from overlays on such VHDs.
+	TargetKind_TARGET_KIND_QEMU TargetKind = 2
 )
 
 // Enum value maps for TargetKind.
@@ -39,10 +41,12 @@ var (
 	TargetKind_name = map[int32]string{
 		0: "TARGET_KIND_UNSPECIFIED",
 		1: "TARGET_KIND_VHD",
+		2: "TARGET_KIND_QEMU",
 	}
 	TargetKind_value = map[string]int32{
 		"TARGET_KIND_UNSPECIFIED": 0,
 		"TARGET_KIND_VHD":         1,
+		"TARGET_KIND_QEMU":        2,
 	}
 )
 
@@ -73,6 +77,350 @@ func (TargetKind) EnumDescriptor() ([]byte, []int) {
 	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{0}
 }
 
+// FailoverKind is what a failover is for.
+type FailoverKind int32
+
+const (
+	// A test: records from before there were other kinds.
+	FailoverKind_FAILOVER_KIND_UNSPECIFIED FailoverKind = 0
+	// A drill: the replica and the source are not touched.
+	FailoverKind_FAILOVER_KIND_TEST FailoverKind = 1
+	// The source is stopped in order and loses nothing.
+	FailoverKind_FAILOVER_KIND_PLANNED FailoverKind = 2
+	// The source is lost, or given up.
+	FailoverKind_FAILOVER_KIND_UNPLANNED FailoverKind = 3
+)
+
+// Enum value maps for FailoverKind.
+var (
+	FailoverKind_name = map[int32]string{
+		0: "FAILOVER_KIND_UNSPECIFIED",
+		1: "FAILOVER_KIND_TEST",
+		2: "FAILOVER_KIND_PLANNED",
+		3: "FAILOVER_KIND_UNPLANNED",
+	}
+	FailoverKind_value = map[string]int32{
+		"FAILOVER_KIND_UNSPECIFIED": 0,
+		"FAILOVER_KIND_TEST":        1,
+		"FAILOVER_KIND_PLANNED":     2,
+		"FAILOVER_KIND_UNPLANNED":   3,
+	}
+)
+
+func (x FailoverKind) Enum() *FailoverKind {
+	p := new(FailoverKind)
+	*p = x
+	return p
+}
+
+func (x FailoverKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (FailoverKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[1].Descriptor()
+}
+
+func (FailoverKind) Type() protoreflect.EnumType {
+	return &file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[1]
+}
+
+func (x FailoverKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use FailoverKind.Descriptor instead.
+func (FailoverKind) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{1}
+}
+
+// FailoverPhase is where a planned or unplanned failover stands. The VM's record follows it.
+type FailoverPhase int32
+
+const (
+	// A test failover: see its state.
+	FailoverPhase_FAILOVER_PHASE_UNSPECIFIED FailoverPhase = 0
+	// Steps run.
+	FailoverPhase_FAILOVER_PHASE_STARTING FailoverPhase = 1
+	// The recovered machine is up; commit or cancel is a person's choice.
+	FailoverPhase_FAILOVER_PHASE_WAITING_COMMIT FailoverPhase = 2
+	// The choice becomes final.
+	FailoverPhase_FAILOVER_PHASE_COMMITTING FailoverPhase = 3
+	// Final.
+	FailoverPhase_FAILOVER_PHASE_COMMITTED FailoverPhase = 4
+	// What was made is being removed, the lineage is opened.
+	FailoverPhase_FAILOVER_PHASE_CANCELLING FailoverPhase = 5
+	// Cancelled; the lineage is open again, if it was closed.
+	FailoverPhase_FAILOVER_PHASE_CANCELLED FailoverPhase = 6
+	// A step failed for good: it can be cancelled, or, after the lineage was closed, started again.
+	FailoverPhase_FAILOVER_PHASE_FAILED FailoverPhase = 7
+	// The cancellation failed and can be asked for again.
+	FailoverPhase_FAILOVER_PHASE_CANCEL_FAILED FailoverPhase = 8
+)
+
+// Enum value maps for FailoverPhase.
+var (
+	FailoverPhase_name = map[int32]string{
+		0: "FAILOVER_PHASE_UNSPECIFIED",
+		1: "FAILOVER_PHASE_STARTING",
+		2: "FAILOVER_PHASE_WAITING_COMMIT",
+		3: "FAILOVER_PHASE_COMMITTING",
+		4: "FAILOVER_PHASE_COMMITTED",
+		5: "FAILOVER_PHASE_CANCELLING",
+		6: "FAILOVER_PHASE_CANCELLED",
+		7: "FAILOVER_PHASE_FAILED",
+		8: "FAILOVER_PHASE_CANCEL_FAILED",
+	}
+	FailoverPhase_value = map[string]int32{
+		"FAILOVER_PHASE_UNSPECIFIED":    0,
+		"FAILOVER_PHASE_STARTING":       1,
+		"FAILOVER_PHASE_WAITING_COMMIT": 2,
+		"FAILOVER_PHASE_COMMITTING":     3,
+		"FAILOVER_PHASE_COMMITTED":      4,
+		"FAILOVER_PHASE_CANCELLING":     5,
+		"FAILOVER_PHASE_CANCELLED":      6,
+		"FAILOVER_PHASE_FAILED":         7,
+		"FAILOVER_PHASE_CANCEL_FAILED":  8,
+	}
+)
+
+func (x FailoverPhase) Enum() *FailoverPhase {
+	p := new(FailoverPhase)
+	*p = x
+	return p
+}
+
+func (x FailoverPhase) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (FailoverPhase) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[2].Descriptor()
+}
+
+func (FailoverPhase) Type() protoreflect.EnumType {
+	return &file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[2]
+}
+
+func (x FailoverPhase) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use FailoverPhase.Descriptor instead.
+func (FailoverPhase) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{2}
+}
+
+// BootMode is how target qemu boots a machine.
+type BootMode int32
+
+const (
+	// As the machine's firmware and generation say.
+	BootMode_BOOT_MODE_UNSPECIFIED BootMode = 0
+	// PC BIOS with virtio disks.
+	BootMode_BOOT_MODE_BIOS BootMode = 1
+	// UEFI with virtio disks.
+	BootMode_BOOT_MODE_UEFI BootMode = 2
+	// Hyper-V generation 1: PC BIOS with IDE disks.
+	BootMode_BOOT_MODE_GENERATION_1 BootMode = 3
+)
+
+// Enum value maps for BootMode.
+var (
+	BootMode_name = map[int32]string{
+		0: "BOOT_MODE_UNSPECIFIED",
+		1: "BOOT_MODE_BIOS",
+		2: "BOOT_MODE_UEFI",
+		3: "BOOT_MODE_GENERATION_1",
+	}
+	BootMode_value = map[string]int32{
+		"BOOT_MODE_UNSPECIFIED":  0,
+		"BOOT_MODE_BIOS":         1,
+		"BOOT_MODE_UEFI":         2,
+		"BOOT_MODE_GENERATION_1": 3,
+	}
+)
+
+func (x BootMode) Enum() *BootMode {
+	p := new(BootMode)
+	*p = x
+	return p
+}
+
+func (x BootMode) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (BootMode) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[3].Descriptor()
+}
+
+func (BootMode) Type() protoreflect.EnumType {
+	return &file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[3]
+}
+
+func (x BootMode) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use BootMode.Descriptor instead.
+func (BootMode) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{3}
+}
+
+// TargetNetwork is what a machine of target qemu is connected to.
+type TargetNetwork int32
+
+const (
+	// Isolated.
+	TargetNetwork_TARGET_NETWORK_UNSPECIFIED TargetNetwork = 0
+	// No network at all.
+	TargetNetwork_TARGET_NETWORK_ISOLATED TargetNetwork = 1
+	// QEMU's user-mode network: the guest reaches out by the orchestrator's machine, nothing reaches the guest.
+	TargetNetwork_TARGET_NETWORK_USER TargetNetwork = 2
+)
+
+// Enum value maps for TargetNetwork.
+var (
+	TargetNetwork_name = map[int32]string{
+		0: "TARGET_NETWORK_UNSPECIFIED",
+		1: "TARGET_NETWORK_ISOLATED",
+		2: "TARGET_NETWORK_USER",
+	}
+	TargetNetwork_value = map[string]int32{
+		"TARGET_NETWORK_UNSPECIFIED": 0,
+		"TARGET_NETWORK_ISOLATED":    1,
+		"TARGET_NETWORK_USER":        2,
+	}
+)
+
+func (x TargetNetwork) Enum() *TargetNetwork {
+	p := new(TargetNetwork)
+	*p = x
+	return p
+}
+
+func (x TargetNetwork) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (TargetNetwork) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[4].Descriptor()
+}
+
+func (TargetNetwork) Type() protoreflect.EnumType {
+	return &file_landfall_failoverorchestrator_v1_failover_proto_enumTypes[4]
+}
+
+func (x TargetNetwork) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use TargetNetwork.Descriptor instead.
+func (TargetNetwork) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{4}
+}
+
+// QemuTarget are the settings of target qemu.
+type QemuTarget struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How to boot.
+	Boot BootMode `protobuf:"varint,1,opt,name=boot,proto3,enum=landfall.failoverorchestrator.v1.BootMode" json:"boot,omitempty"`
+	// Network.
+	Network TargetNetwork `protobuf:"varint,2,opt,name=network,proto3,enum=landfall.failoverorchestrator.v1.TargetNetwork" json:"network,omitempty"`
+	// Regular expression (RE2) that the serial console must show; empty waits for the guest agent.
+	ConsolePattern string `protobuf:"bytes,3,opt,name=console_pattern,json=consolePattern,proto3" json:"console_pattern,omitempty"`
+	// Do not wait for a sign of life.
+	NoWait bool `protobuf:"varint,4,opt,name=no_wait,json=noWait,proto3" json:"no_wait,omitempty"`
+	// How long to wait for it, in seconds; 0 means 300.
+	BootTimeoutSeconds int32 `protobuf:"varint,5,opt,name=boot_timeout_seconds,json=bootTimeoutSeconds,proto3" json:"boot_timeout_seconds,omitempty"`
+	// Memory in bytes; 0 takes the machine's, or 1 GiB.
+	MemoryBytes int64 `protobuf:"varint,6,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// Virtual processors; 0 takes the machine's, or 1.
+	Cpus          int32 `protobuf:"varint,7,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *QemuTarget) Reset() {
+	*x = QemuTarget{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *QemuTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*QemuTarget) ProtoMessage() {}
+
+func (x *QemuTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use QemuTarget.ProtoReflect.Descriptor instead.
+func (*QemuTarget) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *QemuTarget) GetBoot() BootMode {
+	if x != nil {
+		return x.Boot
+	}
+	return BootMode_BOOT_MODE_UNSPECIFIED
+}
+
+func (x *QemuTarget) GetNetwork() TargetNetwork {
+	if x != nil {
+		return x.Network
+	}
+	return TargetNetwork_TARGET_NETWORK_UNSPECIFIED
+}
+
+func (x *QemuTarget) GetConsolePattern() string {
+	if x != nil {
+		return x.ConsolePattern
+	}
+	return ""
+}
+
+func (x *QemuTarget) GetNoWait() bool {
+	if x != nil {
+		return x.NoWait
+	}
+	return false
+}
+
+func (x *QemuTarget) GetBootTimeoutSeconds() int32 {
+	if x != nil {
+		return x.BootTimeoutSeconds
+	}
+	return 0
+}
+
+func (x *QemuTarget) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *QemuTarget) GetCpus() int32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
 // PointSelector chooses a recovery point.
 type PointSelector struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -91,7 +439,7 @@ type PointSelector struct {
 
 func (x *PointSelector) Reset() {
 	*x = PointSelector{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[0]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -103,7 +451,7 @@ func (x *PointSelector) String() string {
 func (*PointSelector) ProtoMessage() {}
 
 func (x *PointSelector) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[0]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -116,7 +464,7 @@ func (x *PointSelector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PointSelector.ProtoReflect.Descriptor instead.
 func (*PointSelector) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{0}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *PointSelector) GetSelector() isPointSelector_Selector {
@@ -228,14 +576,40 @@ type Failover struct {
 	// Error of a failed one.
 	Error *v1.ErrorDetail `protobuf:"bytes,15,opt,name=error,proto3" json:"error,omitempty"`
 	// Revision of the record. Output only.
-	Revision      uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	Revision uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
+	// What it is for.
+	Kind FailoverKind `protobuf:"varint,17,opt,name=kind,proto3,enum=landfall.failoverorchestrator.v1.FailoverKind" json:"kind,omitempty"`
+	// Where a planned or unplanned one stands.
+	Phase FailoverPhase `protobuf:"varint,18,opt,name=phase,proto3,enum=landfall.failoverorchestrator.v1.FailoverPhase" json:"phase,omitempty"`
+	// Settings of target qemu.
+	Qemu *QemuTarget `protobuf:"bytes,19,opt,name=qemu,proto3" json:"qemu,omitempty"`
+	// What the booted machine showed.
+	Boot *v1.BootEvidence `protobuf:"bytes,20,opt,name=boot,proto3" json:"boot,omitempty"`
+	// Point that was asked for, as asked.
+	Selector *PointSelector `protobuf:"bytes,21,opt,name=selector,proto3" json:"selector,omitempty"`
+	// The caller accepted that the source is not proven to be stopped.
+	AcceptUnfenced bool `protobuf:"varint,22,opt,name=accept_unfenced,json=acceptUnfenced,proto3" json:"accept_unfenced,omitempty"`
+	// Sequence number of its close manifest; 0 before.
+	CloseSequence uint64 `protobuf:"varint,23,opt,name=close_sequence,json=closeSequence,proto3" json:"close_sequence,omitempty"`
+	// Sequence number of its rewind manifest; 0 when there is none.
+	RewindSequence uint64 `protobuf:"varint,24,opt,name=rewind_sequence,json=rewindSequence,proto3" json:"rewind_sequence,omitempty"`
+	// Sequence number of its open manifest; 0 when it was not cancelled after the close.
+	OpenSequence uint64 `protobuf:"varint,25,opt,name=open_sequence,json=openSequence,proto3" json:"open_sequence,omitempty"`
+	// Job that commits it; empty before.
+	CommitJob string `protobuf:"bytes,26,opt,name=commit_job,json=commitJob,proto3" json:"commit_job,omitempty"`
+	// Job that cancels it; empty before.
+	CancelJob string `protobuf:"bytes,27,opt,name=cancel_job,json=cancelJob,proto3" json:"cancel_job,omitempty"`
+	// When it was committed.
+	CommitTime *timestamppb.Timestamp `protobuf:"bytes,28,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
+	// Machine on which the orchestrator made the copy: its clean-up runs there.
+	MachineHost   string `protobuf:"bytes,29,opt,name=machine_host,json=machineHost,proto3" json:"machine_host,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Failover) Reset() {
 	*x = Failover{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[1]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -247,7 +621,7 @@ func (x *Failover) String() string {
 func (*Failover) ProtoMessage() {}
 
 func (x *Failover) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[1]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -260,7 +634,7 @@ func (x *Failover) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failover.ProtoReflect.Descriptor instead.
 func (*Failover) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{1}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Failover) GetName() string {
@@ -375,6 +749,97 @@ func (x *Failover) GetRevision() uint64 {
 	return 0
 }
 
+func (x *Failover) GetKind() FailoverKind {
+	if x != nil {
+		return x.Kind
+	}
+	return FailoverKind_FAILOVER_KIND_UNSPECIFIED
+}
+
+func (x *Failover) GetPhase() FailoverPhase {
+	if x != nil {
+		return x.Phase
+	}
+	return FailoverPhase_FAILOVER_PHASE_UNSPECIFIED
+}
+
+func (x *Failover) GetQemu() *QemuTarget {
+	if x != nil {
+		return x.Qemu
+	}
+	return nil
+}
+
+func (x *Failover) GetBoot() *v1.BootEvidence {
+	if x != nil {
+		return x.Boot
+	}
+	return nil
+}
+
+func (x *Failover) GetSelector() *PointSelector {
+	if x != nil {
+		return x.Selector
+	}
+	return nil
+}
+
+func (x *Failover) GetAcceptUnfenced() bool {
+	if x != nil {
+		return x.AcceptUnfenced
+	}
+	return false
+}
+
+func (x *Failover) GetCloseSequence() uint64 {
+	if x != nil {
+		return x.CloseSequence
+	}
+	return 0
+}
+
+func (x *Failover) GetRewindSequence() uint64 {
+	if x != nil {
+		return x.RewindSequence
+	}
+	return 0
+}
+
+func (x *Failover) GetOpenSequence() uint64 {
+	if x != nil {
+		return x.OpenSequence
+	}
+	return 0
+}
+
+func (x *Failover) GetCommitJob() string {
+	if x != nil {
+		return x.CommitJob
+	}
+	return ""
+}
+
+func (x *Failover) GetCancelJob() string {
+	if x != nil {
+		return x.CancelJob
+	}
+	return ""
+}
+
+func (x *Failover) GetCommitTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CommitTime
+	}
+	return nil
+}
+
+func (x *Failover) GetMachineHost() string {
+	if x != nil {
+		return x.MachineHost
+	}
+	return ""
+}
+
 // StartTestFailoverRequest names VM, point and target.
 type StartTestFailoverRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -389,14 +854,16 @@ type StartTestFailoverRequest struct {
 	// Caller's id of the request.
 	RequestId string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Check only.
-	ValidateOnly  bool `protobuf:"varint,6,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	ValidateOnly bool `protobuf:"varint,6,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	// Settings of target qemu.
+	Qemu          *QemuTarget `protobuf:"bytes,7,opt,name=qemu,proto3" json:"qemu,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StartTestFailoverRequest) Reset() {
 	*x = StartTestFailoverRequest{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[2]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +875,7 @@ func (x *StartTestFailoverRequest) String() string {
 func (*StartTestFailoverRequest) ProtoMessage() {}
 
 func (x *StartTestFailoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[2]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +888,7 @@ func (x *StartTestFailoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTestFailoverRequest.ProtoReflect.Descriptor instead.
 func (*StartTestFailoverRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{2}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *StartTestFailoverRequest) GetVm() string {
@@ -466,6 +933,13 @@ func (x *StartTestFailoverRequest) GetValidateOnly() bool {
 	return false
 }
 
+func (x *StartTestFailoverRequest) GetQemu() *QemuTarget {
+	if x != nil {
+		return x.Qemu
+	}
+	return nil
+}
+
 // StartTestFailoverResponse has the job.
 type StartTestFailoverResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -477,7 +951,7 @@ type StartTestFailoverResponse struct {
 
 func (x *StartTestFailoverResponse) Reset() {
 	*x = StartTestFailoverResponse{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[3]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +963,7 @@ func (x *StartTestFailoverResponse) String() string {
 func (*StartTestFailoverResponse) ProtoMessage() {}
 
 func (x *StartTestFailoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[3]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,10 +976,394 @@ func (x *StartTestFailoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartTestFailoverResponse.ProtoReflect.Descriptor instead.
 func (*StartTestFailoverResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{3}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StartTestFailoverResponse) GetJob() *v1.Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// StartFailoverRequest names VM, kind, point and target.
+type StartFailoverRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// PLANNED or UNPLANNED.
+	Kind FailoverKind `protobuf:"varint,2,opt,name=kind,proto3,enum=landfall.failoverorchestrator.v1.FailoverKind" json:"kind,omitempty"`
+	// Point of an unplanned one; a planned one brings up its own last point and takes none.
+	Point *PointSelector `protobuf:"bytes,3,opt,name=point,proto3" json:"point,omitempty"`
+	// Target.
+	Target TargetKind `protobuf:"varint,4,opt,name=target,proto3,enum=landfall.failoverorchestrator.v1.TargetKind" json:"target,omitempty"`
+	// Folder for the result, absolute; must be empty or absent.
+	OutDir string `protobuf:"bytes,5,opt,name=out_dir,json=outDir,proto3" json:"out_dir,omitempty"`
+	// Settings of target qemu.
+	Qemu *QemuTarget `protobuf:"bytes,6,opt,name=qemu,proto3" json:"qemu,omitempty"`
+	// Go on although the source is not proven to be stopped (unplanned only): the VM stays critical until its host says so.
+	AcceptUnfenced bool `protobuf:"varint,7,opt,name=accept_unfenced,json=acceptUnfenced,proto3" json:"accept_unfenced,omitempty"`
+	// Caller's id of the request.
+	RequestId string `protobuf:"bytes,8,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Check only.
+	ValidateOnly  bool `protobuf:"varint,9,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartFailoverRequest) Reset() {
+	*x = StartFailoverRequest{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartFailoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartFailoverRequest) ProtoMessage() {}
+
+func (x *StartFailoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartFailoverRequest.ProtoReflect.Descriptor instead.
+func (*StartFailoverRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *StartFailoverRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *StartFailoverRequest) GetKind() FailoverKind {
+	if x != nil {
+		return x.Kind
+	}
+	return FailoverKind_FAILOVER_KIND_UNSPECIFIED
+}
+
+func (x *StartFailoverRequest) GetPoint() *PointSelector {
+	if x != nil {
+		return x.Point
+	}
+	return nil
+}
+
+func (x *StartFailoverRequest) GetTarget() TargetKind {
+	if x != nil {
+		return x.Target
+	}
+	return TargetKind_TARGET_KIND_UNSPECIFIED
+}
+
+func (x *StartFailoverRequest) GetOutDir() string {
+	if x != nil {
+		return x.OutDir
+	}
+	return ""
+}
+
+func (x *StartFailoverRequest) GetQemu() *QemuTarget {
+	if x != nil {
+		return x.Qemu
+	}
+	return nil
+}
+
+func (x *StartFailoverRequest) GetAcceptUnfenced() bool {
+	if x != nil {
+		return x.AcceptUnfenced
+	}
+	return false
+}
+
+func (x *StartFailoverRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *StartFailoverRequest) GetValidateOnly() bool {
+	if x != nil {
+		return x.ValidateOnly
+	}
+	return false
+}
+
+// StartFailoverResponse has the job.
+type StartFailoverResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job; absent when validate_only.
+	Job           *v1.Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartFailoverResponse) Reset() {
+	*x = StartFailoverResponse{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartFailoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartFailoverResponse) ProtoMessage() {}
+
+func (x *StartFailoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartFailoverResponse.ProtoReflect.Descriptor instead.
+func (*StartFailoverResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *StartFailoverResponse) GetJob() *v1.Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// CommitFailoverRequest names the VM or the failover.
+type CommitFailoverRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}: its only failover.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// failovers/{failover}; wins over vm.
+	Failover string `protobuf:"bytes,2,opt,name=failover,proto3" json:"failover,omitempty"`
+	// Caller's id of the request.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitFailoverRequest) Reset() {
+	*x = CommitFailoverRequest{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitFailoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitFailoverRequest) ProtoMessage() {}
+
+func (x *CommitFailoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitFailoverRequest.ProtoReflect.Descriptor instead.
+func (*CommitFailoverRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *CommitFailoverRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *CommitFailoverRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+func (x *CommitFailoverRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// CommitFailoverResponse has the job.
+type CommitFailoverResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job.
+	Job           *v1.Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitFailoverResponse) Reset() {
+	*x = CommitFailoverResponse{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitFailoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitFailoverResponse) ProtoMessage() {}
+
+func (x *CommitFailoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitFailoverResponse.ProtoReflect.Descriptor instead.
+func (*CommitFailoverResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CommitFailoverResponse) GetJob() *v1.Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+// CancelFailoverRequest names the VM or the failover.
+type CancelFailoverRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}: its only failover.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// failovers/{failover}; wins over vm.
+	Failover string `protobuf:"bytes,2,opt,name=failover,proto3" json:"failover,omitempty"`
+	// Caller's id of the request.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelFailoverRequest) Reset() {
+	*x = CancelFailoverRequest{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelFailoverRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelFailoverRequest) ProtoMessage() {}
+
+func (x *CancelFailoverRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelFailoverRequest.ProtoReflect.Descriptor instead.
+func (*CancelFailoverRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CancelFailoverRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *CancelFailoverRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+func (x *CancelFailoverRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// CancelFailoverResponse has the job.
+type CancelFailoverResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The job.
+	Job           *v1.Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelFailoverResponse) Reset() {
+	*x = CancelFailoverResponse{}
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelFailoverResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelFailoverResponse) ProtoMessage() {}
+
+func (x *CancelFailoverResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelFailoverResponse.ProtoReflect.Descriptor instead.
+func (*CancelFailoverResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *CancelFailoverResponse) GetJob() *v1.Job {
 	if x != nil {
 		return x.Job
 	}
@@ -529,7 +1387,7 @@ type CleanUpTestFailoverRequest struct {
 
 func (x *CleanUpTestFailoverRequest) Reset() {
 	*x = CleanUpTestFailoverRequest{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[4]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +1399,7 @@ func (x *CleanUpTestFailoverRequest) String() string {
 func (*CleanUpTestFailoverRequest) ProtoMessage() {}
 
 func (x *CleanUpTestFailoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[4]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +1412,7 @@ func (x *CleanUpTestFailoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CleanUpTestFailoverRequest.ProtoReflect.Descriptor instead.
 func (*CleanUpTestFailoverRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{4}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CleanUpTestFailoverRequest) GetVm() string {
@@ -596,7 +1454,7 @@ type CleanUpTestFailoverResponse struct {
 
 func (x *CleanUpTestFailoverResponse) Reset() {
 	*x = CleanUpTestFailoverResponse{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[5]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +1466,7 @@ func (x *CleanUpTestFailoverResponse) String() string {
 func (*CleanUpTestFailoverResponse) ProtoMessage() {}
 
 func (x *CleanUpTestFailoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[5]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +1479,7 @@ func (x *CleanUpTestFailoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CleanUpTestFailoverResponse.ProtoReflect.Descriptor instead.
 func (*CleanUpTestFailoverResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{5}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CleanUpTestFailoverResponse) GetJob() *v1.Job {
@@ -642,7 +1500,7 @@ type GetFailoverRequest struct {
 
 func (x *GetFailoverRequest) Reset() {
 	*x = GetFailoverRequest{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[6]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +1512,7 @@ func (x *GetFailoverRequest) String() string {
 func (*GetFailoverRequest) ProtoMessage() {}
 
 func (x *GetFailoverRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[6]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +1525,7 @@ func (x *GetFailoverRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFailoverRequest.ProtoReflect.Descriptor instead.
 func (*GetFailoverRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{6}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetFailoverRequest) GetName() string {
@@ -688,7 +1546,7 @@ type GetFailoverResponse struct {
 
 func (x *GetFailoverResponse) Reset() {
 	*x = GetFailoverResponse{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[7]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -700,7 +1558,7 @@ func (x *GetFailoverResponse) String() string {
 func (*GetFailoverResponse) ProtoMessage() {}
 
 func (x *GetFailoverResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[7]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -713,7 +1571,7 @@ func (x *GetFailoverResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFailoverResponse.ProtoReflect.Descriptor instead.
 func (*GetFailoverResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{7}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetFailoverResponse) GetFailover() *Failover {
@@ -738,7 +1596,7 @@ type ListFailoversRequest struct {
 
 func (x *ListFailoversRequest) Reset() {
 	*x = ListFailoversRequest{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[8]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -750,7 +1608,7 @@ func (x *ListFailoversRequest) String() string {
 func (*ListFailoversRequest) ProtoMessage() {}
 
 func (x *ListFailoversRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[8]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -763,7 +1621,7 @@ func (x *ListFailoversRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFailoversRequest.ProtoReflect.Descriptor instead.
 func (*ListFailoversRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{8}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListFailoversRequest) GetPageSize() int32 {
@@ -800,7 +1658,7 @@ type ListFailoversResponse struct {
 
 func (x *ListFailoversResponse) Reset() {
 	*x = ListFailoversResponse{}
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[9]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +1670,7 @@ func (x *ListFailoversResponse) String() string {
 func (*ListFailoversResponse) ProtoMessage() {}
 
 func (x *ListFailoversResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[9]
+	mi := &file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +1683,7 @@ func (x *ListFailoversResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFailoversResponse.ProtoReflect.Descriptor instead.
 func (*ListFailoversResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{9}
+	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListFailoversResponse) GetFailovers() []*Failover {
@@ -846,14 +1704,26 @@ var File_landfall_failoverorchestrator_v1_failover_proto protoreflect.FileDescri
 
 const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"\n" +
-	"/landfall/failoverorchestrator/v1/failover.proto\x12 landfall.failoverorchestrator.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\x1a\x1blandfall/types/v1/job.proto\x1a\x1flandfall/types/v1/machine.proto\x1a\"landfall/types/v1/protection.proto\"\xa6\x01\n" +
+	"/landfall/failoverorchestrator/v1/failover.proto\x12 landfall.failoverorchestrator.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\x1a\x1blandfall/types/v1/job.proto\x1a\x1flandfall/types/v1/machine.proto\x1a\"landfall/types/v1/protection.proto\"\xed\x02\n" +
+	"\n" +
+	"QemuTarget\x12>\n" +
+	"\x04boot\x18\x01 \x01(\x0e2*.landfall.failoverorchestrator.v1.BootModeR\x04boot\x12I\n" +
+	"\anetwork\x18\x02 \x01(\x0e2/.landfall.failoverorchestrator.v1.TargetNetworkR\anetwork\x121\n" +
+	"\x0fconsole_pattern\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x0econsolePattern\x12\x17\n" +
+	"\ano_wait\x18\x04 \x01(\bR\x06noWait\x12<\n" +
+	"\x14boot_timeout_seconds\x18\x05 \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\x90\x1c(\x00R\x12bootTimeoutSeconds\x12*\n" +
+	"\fmemory_bytes\x18\x06 \x01(\x03B\a\xbaH\x04\"\x02(\x00R\vmemoryBytes\x12\x1e\n" +
+	"\x04cpus\x18\a \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\x80\x02(\x00R\x04cpus\"\xa6\x01\n" +
 	"\rPointSelector\x12\x18\n" +
 	"\x06latest\x18\x01 \x01(\bH\x00R\x06latest\x12+\n" +
 	"\x10latest_processed\x18\x02 \x01(\bH\x00R\x0flatestProcessed\x12\x1a\n" +
 	"\aordinal\x18\x03 \x01(\x04H\x00R\aordinal\x12\x1f\n" +
 	"\n" +
 	"latest_app\x18\x04 \x01(\bH\x00R\tlatestAppB\x11\n" +
-	"\bselector\x12\x05\xbaH\x02\b\x01\"\xf9\x04\n" +
+	"\bselector\x12\x05\xbaH\x02\b\x01\"\x84\n" +
+	"\n" +
 	"\bFailover\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02vm\x18\x02 \x01(\tR\x02vm\x12\x18\n" +
@@ -874,7 +1744,23 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"ready_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\treadyTime\x124\n" +
 	"\amachine\x18\x0e \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\x124\n" +
 	"\x05error\x18\x0f \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\x12\x1a\n" +
-	"\brevision\x18\x10 \x01(\x04R\brevision\"\xc3\x02\n" +
+	"\brevision\x18\x10 \x01(\x04R\brevision\x12B\n" +
+	"\x04kind\x18\x11 \x01(\x0e2..landfall.failoverorchestrator.v1.FailoverKindR\x04kind\x12E\n" +
+	"\x05phase\x18\x12 \x01(\x0e2/.landfall.failoverorchestrator.v1.FailoverPhaseR\x05phase\x12@\n" +
+	"\x04qemu\x18\x13 \x01(\v2,.landfall.failoverorchestrator.v1.QemuTargetR\x04qemu\x123\n" +
+	"\x04boot\x18\x14 \x01(\v2\x1f.landfall.types.v1.BootEvidenceR\x04boot\x12K\n" +
+	"\bselector\x18\x15 \x01(\v2/.landfall.failoverorchestrator.v1.PointSelectorR\bselector\x12'\n" +
+	"\x0faccept_unfenced\x18\x16 \x01(\bR\x0eacceptUnfenced\x12%\n" +
+	"\x0eclose_sequence\x18\x17 \x01(\x04R\rcloseSequence\x12'\n" +
+	"\x0frewind_sequence\x18\x18 \x01(\x04R\x0erewindSequence\x12#\n" +
+	"\ropen_sequence\x18\x19 \x01(\x04R\fopenSequence\x12\x1d\n" +
+	"\n" +
+	"commit_job\x18\x1a \x01(\tR\tcommitJob\x12\x1d\n" +
+	"\n" +
+	"cancel_job\x18\x1b \x01(\tR\tcancelJob\x12;\n" +
+	"\vcommit_time\x18\x1c \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"commitTime\x12!\n" +
+	"\fmachine_host\x18\x1d \x01(\tR\vmachineHost\"\x85\x03\n" +
 	"\x18StartTestFailoverRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12M\n" +
 	"\x05point\x18\x02 \x01(\v2/.landfall.failoverorchestrator.v1.PointSelectorB\x06\xbaH\x03\xc8\x01\x01R\x05point\x12P\n" +
@@ -883,8 +1769,38 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"\aout_dir\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06outDir\x12&\n" +
 	"\n" +
 	"request_id\x18\x05 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x12#\n" +
-	"\rvalidate_only\x18\x06 \x01(\bR\fvalidateOnly\"E\n" +
+	"\rvalidate_only\x18\x06 \x01(\bR\fvalidateOnly\x12@\n" +
+	"\x04qemu\x18\a \x01(\v2,.landfall.failoverorchestrator.v1.QemuTargetR\x04qemu\"E\n" +
 	"\x19StartTestFailoverResponse\x12(\n" +
+	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"\xf2\x03\n" +
+	"\x14StartFailoverRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12N\n" +
+	"\x04kind\x18\x02 \x01(\x0e2..landfall.failoverorchestrator.v1.FailoverKindB\n" +
+	"\xbaH\a\x82\x01\x04\x18\x02\x18\x03R\x04kind\x12E\n" +
+	"\x05point\x18\x03 \x01(\v2/.landfall.failoverorchestrator.v1.PointSelectorR\x05point\x12P\n" +
+	"\x06target\x18\x04 \x01(\x0e2,.landfall.failoverorchestrator.v1.TargetKindB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x06target\x12 \n" +
+	"\aout_dir\x18\x05 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06outDir\x12@\n" +
+	"\x04qemu\x18\x06 \x01(\v2,.landfall.failoverorchestrator.v1.QemuTargetR\x04qemu\x12'\n" +
+	"\x0faccept_unfenced\x18\a \x01(\bR\x0eacceptUnfenced\x12&\n" +
+	"\n" +
+	"request_id\x18\b \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x12#\n" +
+	"\rvalidate_only\x18\t \x01(\bR\fvalidateOnly\"A\n" +
+	"\x15StartFailoverResponse\x12(\n" +
+	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"k\n" +
+	"\x15CommitFailoverRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
+	"\bfailover\x18\x02 \x01(\tR\bfailover\x12&\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"B\n" +
+	"\x16CommitFailoverResponse\x12(\n" +
+	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"k\n" +
+	"\x15CancelFailoverRequest\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
+	"\bfailover\x18\x02 \x01(\tR\bfailover\x12&\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"B\n" +
+	"\x16CancelFailoverResponse\x12(\n" +
 	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"\x90\x01\n" +
 	"\x1aCleanUpTestFailoverRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
@@ -905,14 +1821,42 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"\x02vm\x18\x03 \x01(\tR\x02vm\"\x89\x01\n" +
 	"\x15ListFailoversResponse\x12H\n" +
 	"\tfailovers\x18\x01 \x03(\v2*.landfall.failoverorchestrator.v1.FailoverR\tfailovers\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*>\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*T\n" +
 	"\n" +
 	"TargetKind\x12\x1b\n" +
 	"\x17TARGET_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
-	"\x0fTARGET_KIND_VHD\x10\x012\xf1\x04\n" +
+	"\x0fTARGET_KIND_VHD\x10\x01\x12\x14\n" +
+	"\x10TARGET_KIND_QEMU\x10\x02*}\n" +
+	"\fFailoverKind\x12\x1d\n" +
+	"\x19FAILOVER_KIND_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12FAILOVER_KIND_TEST\x10\x01\x12\x19\n" +
+	"\x15FAILOVER_KIND_PLANNED\x10\x02\x12\x1b\n" +
+	"\x17FAILOVER_KIND_UNPLANNED\x10\x03*\xa6\x02\n" +
+	"\rFailoverPhase\x12\x1e\n" +
+	"\x1aFAILOVER_PHASE_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17FAILOVER_PHASE_STARTING\x10\x01\x12!\n" +
+	"\x1dFAILOVER_PHASE_WAITING_COMMIT\x10\x02\x12\x1d\n" +
+	"\x19FAILOVER_PHASE_COMMITTING\x10\x03\x12\x1c\n" +
+	"\x18FAILOVER_PHASE_COMMITTED\x10\x04\x12\x1d\n" +
+	"\x19FAILOVER_PHASE_CANCELLING\x10\x05\x12\x1c\n" +
+	"\x18FAILOVER_PHASE_CANCELLED\x10\x06\x12\x19\n" +
+	"\x15FAILOVER_PHASE_FAILED\x10\a\x12 \n" +
+	"\x1cFAILOVER_PHASE_CANCEL_FAILED\x10\b*i\n" +
+	"\bBootMode\x12\x19\n" +
+	"\x15BOOT_MODE_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eBOOT_MODE_BIOS\x10\x01\x12\x12\n" +
+	"\x0eBOOT_MODE_UEFI\x10\x02\x12\x1a\n" +
+	"\x16BOOT_MODE_GENERATION_1\x10\x03*e\n" +
+	"\rTargetNetwork\x12\x1e\n" +
+	"\x1aTARGET_NETWORK_UNSPECIFIED\x10\x00\x12\x1b\n" +
+	"\x17TARGET_NETWORK_ISOLATED\x10\x01\x12\x17\n" +
+	"\x13TARGET_NETWORK_USER\x10\x022\x98\b\n" +
 	"\x0fFailoverService\x12\x94\x01\n" +
 	"\x11StartTestFailover\x12:.landfall.failoverorchestrator.v1.StartTestFailoverRequest\x1a;.landfall.failoverorchestrator.v1.StartTestFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x9a\x01\n" +
-	"\x13CleanUpTestFailover\x12<.landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest\x1a=.landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x90\x01\n" +
+	"\x13CleanUpTestFailover\x12<.landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest\x1a=.landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x88\x01\n" +
+	"\rStartFailover\x126.landfall.failoverorchestrator.v1.StartFailoverRequest\x1a7.landfall.failoverorchestrator.v1.StartFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x8b\x01\n" +
+	"\x0eCommitFailover\x127.landfall.failoverorchestrator.v1.CommitFailoverRequest\x1a8.landfall.failoverorchestrator.v1.CommitFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x8b\x01\n" +
+	"\x0eCancelFailover\x127.landfall.failoverorchestrator.v1.CancelFailoverRequest\x1a8.landfall.failoverorchestrator.v1.CancelFailoverResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x90\x01\n" +
 	"\vGetFailover\x124.landfall.failoverorchestrator.v1.GetFailoverRequest\x1a5.landfall.failoverorchestrator.v1.GetFailoverResponse\"\x14\xaa\xbb\x18\r\n" +
 	"\tscheduler\x10\x01\x90\x02\x01\x12\x96\x01\n" +
 	"\rListFailovers\x126.landfall.failoverorchestrator.v1.ListFailoversRequest\x1a7.landfall.failoverorchestrator.v1.ListFailoversResponse\"\x14\xaa\xbb\x18\r\n" +
@@ -931,53 +1875,87 @@ func file_landfall_failoverorchestrator_v1_failover_proto_rawDescGZIP() []byte {
 	return file_landfall_failoverorchestrator_v1_failover_proto_rawDescData
 }
 
-var file_landfall_failoverorchestrator_v1_failover_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_landfall_failoverorchestrator_v1_failover_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_landfall_failoverorchestrator_v1_failover_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_landfall_failoverorchestrator_v1_failover_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_landfall_failoverorchestrator_v1_failover_proto_goTypes = []any{
 	(TargetKind)(0),                     // 0: landfall.failoverorchestrator.v1.TargetKind
-	(*PointSelector)(nil),               // 1: landfall.failoverorchestrator.v1.PointSelector
-	(*Failover)(nil),                    // 2: landfall.failoverorchestrator.v1.Failover
-	(*StartTestFailoverRequest)(nil),    // 3: landfall.failoverorchestrator.v1.StartTestFailoverRequest
-	(*StartTestFailoverResponse)(nil),   // 4: landfall.failoverorchestrator.v1.StartTestFailoverResponse
-	(*CleanUpTestFailoverRequest)(nil),  // 5: landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest
-	(*CleanUpTestFailoverResponse)(nil), // 6: landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse
-	(*GetFailoverRequest)(nil),          // 7: landfall.failoverorchestrator.v1.GetFailoverRequest
-	(*GetFailoverResponse)(nil),         // 8: landfall.failoverorchestrator.v1.GetFailoverResponse
-	(*ListFailoversRequest)(nil),        // 9: landfall.failoverorchestrator.v1.ListFailoversRequest
-	(*ListFailoversResponse)(nil),       // 10: landfall.failoverorchestrator.v1.ListFailoversResponse
-	(v1.TestFailoverState)(0),           // 11: landfall.types.v1.TestFailoverState
-	(*timestamppb.Timestamp)(nil),       // 12: google.protobuf.Timestamp
-	(*v1.Machine)(nil),                  // 13: landfall.types.v1.Machine
-	(*v1.ErrorDetail)(nil),              // 14: landfall.types.v1.ErrorDetail
-	(*v1.Job)(nil),                      // 15: landfall.types.v1.Job
+	(FailoverKind)(0),                   // 1: landfall.failoverorchestrator.v1.FailoverKind
+	(FailoverPhase)(0),                  // 2: landfall.failoverorchestrator.v1.FailoverPhase
+	(BootMode)(0),                       // 3: landfall.failoverorchestrator.v1.BootMode
+	(TargetNetwork)(0),                  // 4: landfall.failoverorchestrator.v1.TargetNetwork
+	(*QemuTarget)(nil),                  // 5: landfall.failoverorchestrator.v1.QemuTarget
+	(*PointSelector)(nil),               // 6: landfall.failoverorchestrator.v1.PointSelector
+	(*Failover)(nil),                    // 7: landfall.failoverorchestrator.v1.Failover
+	(*StartTestFailoverRequest)(nil),    // 8: landfall.failoverorchestrator.v1.StartTestFailoverRequest
+	(*StartTestFailoverResponse)(nil),   // 9: landfall.failoverorchestrator.v1.StartTestFailoverResponse
+	(*StartFailoverRequest)(nil),        // 10: landfall.failoverorchestrator.v1.StartFailoverRequest
+	(*StartFailoverResponse)(nil),       // 11: landfall.failoverorchestrator.v1.StartFailoverResponse
+	(*CommitFailoverRequest)(nil),       // 12: landfall.failoverorchestrator.v1.CommitFailoverRequest
+	(*CommitFailoverResponse)(nil),      // 13: landfall.failoverorchestrator.v1.CommitFailoverResponse
+	(*CancelFailoverRequest)(nil),       // 14: landfall.failoverorchestrator.v1.CancelFailoverRequest
+	(*CancelFailoverResponse)(nil),      // 15: landfall.failoverorchestrator.v1.CancelFailoverResponse
+	(*CleanUpTestFailoverRequest)(nil),  // 16: landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest
+	(*CleanUpTestFailoverResponse)(nil), // 17: landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse
+	(*GetFailoverRequest)(nil),          // 18: landfall.failoverorchestrator.v1.GetFailoverRequest
+	(*GetFailoverResponse)(nil),         // 19: landfall.failoverorchestrator.v1.GetFailoverResponse
+	(*ListFailoversRequest)(nil),        // 20: landfall.failoverorchestrator.v1.ListFailoversRequest
+	(*ListFailoversResponse)(nil),       // 21: landfall.failoverorchestrator.v1.ListFailoversResponse
+	(v1.TestFailoverState)(0),           // 22: landfall.types.v1.TestFailoverState
+	(*timestamppb.Timestamp)(nil),       // 23: google.protobuf.Timestamp
+	(*v1.Machine)(nil),                  // 24: landfall.types.v1.Machine
+	(*v1.ErrorDetail)(nil),              // 25: landfall.types.v1.ErrorDetail
+	(*v1.BootEvidence)(nil),             // 26: landfall.types.v1.BootEvidence
+	(*v1.Job)(nil),                      // 27: landfall.types.v1.Job
 }
 var file_landfall_failoverorchestrator_v1_failover_proto_depIdxs = []int32{
-	11, // 0: landfall.failoverorchestrator.v1.Failover.state:type_name -> landfall.types.v1.TestFailoverState
-	12, // 1: landfall.failoverorchestrator.v1.Failover.cut_time:type_name -> google.protobuf.Timestamp
-	0,  // 2: landfall.failoverorchestrator.v1.Failover.target:type_name -> landfall.failoverorchestrator.v1.TargetKind
-	12, // 3: landfall.failoverorchestrator.v1.Failover.create_time:type_name -> google.protobuf.Timestamp
-	12, // 4: landfall.failoverorchestrator.v1.Failover.ready_time:type_name -> google.protobuf.Timestamp
-	13, // 5: landfall.failoverorchestrator.v1.Failover.machine:type_name -> landfall.types.v1.Machine
-	14, // 6: landfall.failoverorchestrator.v1.Failover.error:type_name -> landfall.types.v1.ErrorDetail
-	1,  // 7: landfall.failoverorchestrator.v1.StartTestFailoverRequest.point:type_name -> landfall.failoverorchestrator.v1.PointSelector
-	0,  // 8: landfall.failoverorchestrator.v1.StartTestFailoverRequest.target:type_name -> landfall.failoverorchestrator.v1.TargetKind
-	15, // 9: landfall.failoverorchestrator.v1.StartTestFailoverResponse.job:type_name -> landfall.types.v1.Job
-	15, // 10: landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse.job:type_name -> landfall.types.v1.Job
-	2,  // 11: landfall.failoverorchestrator.v1.GetFailoverResponse.failover:type_name -> landfall.failoverorchestrator.v1.Failover
-	2,  // 12: landfall.failoverorchestrator.v1.ListFailoversResponse.failovers:type_name -> landfall.failoverorchestrator.v1.Failover
-	3,  // 13: landfall.failoverorchestrator.v1.FailoverService.StartTestFailover:input_type -> landfall.failoverorchestrator.v1.StartTestFailoverRequest
-	5,  // 14: landfall.failoverorchestrator.v1.FailoverService.CleanUpTestFailover:input_type -> landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest
-	7,  // 15: landfall.failoverorchestrator.v1.FailoverService.GetFailover:input_type -> landfall.failoverorchestrator.v1.GetFailoverRequest
-	9,  // 16: landfall.failoverorchestrator.v1.FailoverService.ListFailovers:input_type -> landfall.failoverorchestrator.v1.ListFailoversRequest
-	4,  // 17: landfall.failoverorchestrator.v1.FailoverService.StartTestFailover:output_type -> landfall.failoverorchestrator.v1.StartTestFailoverResponse
-	6,  // 18: landfall.failoverorchestrator.v1.FailoverService.CleanUpTestFailover:output_type -> landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse
-	8,  // 19: landfall.failoverorchestrator.v1.FailoverService.GetFailover:output_type -> landfall.failoverorchestrator.v1.GetFailoverResponse
-	10, // 20: landfall.failoverorchestrator.v1.FailoverService.ListFailovers:output_type -> landfall.failoverorchestrator.v1.ListFailoversResponse
-	17, // [17:21] is the sub-list for method output_type
-	13, // [13:17] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	3,  // 0: landfall.failoverorchestrator.v1.QemuTarget.boot:type_name -> landfall.failoverorchestrator.v1.BootMode
+	4,  // 1: landfall.failoverorchestrator.v1.QemuTarget.network:type_name -> landfall.failoverorchestrator.v1.TargetNetwork
+	22, // 2: landfall.failoverorchestrator.v1.Failover.state:type_name -> landfall.types.v1.TestFailoverState
+	23, // 3: landfall.failoverorchestrator.v1.Failover.cut_time:type_name -> google.protobuf.Timestamp
+	0,  // 4: landfall.failoverorchestrator.v1.Failover.target:type_name -> landfall.failoverorchestrator.v1.TargetKind
+	23, // 5: landfall.failoverorchestrator.v1.Failover.create_time:type_name -> google.protobuf.Timestamp
+	23, // 6: landfall.failoverorchestrator.v1.Failover.ready_time:type_name -> google.protobuf.Timestamp
+	24, // 7: landfall.failoverorchestrator.v1.Failover.machine:type_name -> landfall.types.v1.Machine
+	25, // 8: landfall.failoverorchestrator.v1.Failover.error:type_name -> landfall.types.v1.ErrorDetail
+	1,  // 9: landfall.failoverorchestrator.v1.Failover.kind:type_name -> landfall.failoverorchestrator.v1.FailoverKind
+	2,  // 10: landfall.failoverorchestrator.v1.Failover.phase:type_name -> landfall.failoverorchestrator.v1.FailoverPhase
+	5,  // 11: landfall.failoverorchestrator.v1.Failover.qemu:type_name -> landfall.failoverorchestrator.v1.QemuTarget
+	26, // 12: landfall.failoverorchestrator.v1.Failover.boot:type_name -> landfall.types.v1.BootEvidence
+	6,  // 13: landfall.failoverorchestrator.v1.Failover.selector:type_name -> landfall.failoverorchestrator.v1.PointSelector
+	23, // 14: landfall.failoverorchestrator.v1.Failover.commit_time:type_name -> google.protobuf.Timestamp
+	6,  // 15: landfall.failoverorchestrator.v1.StartTestFailoverRequest.point:type_name -> landfall.failoverorchestrator.v1.PointSelector
+	0,  // 16: landfall.failoverorchestrator.v1.StartTestFailoverRequest.target:type_name -> landfall.failoverorchestrator.v1.TargetKind
+	5,  // 17: landfall.failoverorchestrator.v1.StartTestFailoverRequest.qemu:type_name -> landfall.failoverorchestrator.v1.QemuTarget
+	27, // 18: landfall.failoverorchestrator.v1.StartTestFailoverResponse.job:type_name -> landfall.types.v1.Job
+	1,  // 19: landfall.failoverorchestrator.v1.StartFailoverRequest.kind:type_name -> landfall.failoverorchestrator.v1.FailoverKind
+	6,  // 20: landfall.failoverorchestrator.v1.StartFailoverRequest.point:type_name -> landfall.failoverorchestrator.v1.PointSelector
+	0,  // 21: landfall.failoverorchestrator.v1.StartFailoverRequest.target:type_name -> landfall.failoverorchestrator.v1.TargetKind
+	5,  // 22: landfall.failoverorchestrator.v1.StartFailoverRequest.qemu:type_name -> landfall.failoverorchestrator.v1.QemuTarget
+	27, // 23: landfall.failoverorchestrator.v1.StartFailoverResponse.job:type_name -> landfall.types.v1.Job
+	27, // 24: landfall.failoverorchestrator.v1.CommitFailoverResponse.job:type_name -> landfall.types.v1.Job
+	27, // 25: landfall.failoverorchestrator.v1.CancelFailoverResponse.job:type_name -> landfall.types.v1.Job
+	27, // 26: landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse.job:type_name -> landfall.types.v1.Job
+	7,  // 27: landfall.failoverorchestrator.v1.GetFailoverResponse.failover:type_name -> landfall.failoverorchestrator.v1.Failover
+	7,  // 28: landfall.failoverorchestrator.v1.ListFailoversResponse.failovers:type_name -> landfall.failoverorchestrator.v1.Failover
+	8,  // 29: landfall.failoverorchestrator.v1.FailoverService.StartTestFailover:input_type -> landfall.failoverorchestrator.v1.StartTestFailoverRequest
+	16, // 30: landfall.failoverorchestrator.v1.FailoverService.CleanUpTestFailover:input_type -> landfall.failoverorchestrator.v1.CleanUpTestFailoverRequest
+	10, // 31: landfall.failoverorchestrator.v1.FailoverService.StartFailover:input_type -> landfall.failoverorchestrator.v1.StartFailoverRequest
+	12, // 32: landfall.failoverorchestrator.v1.FailoverService.CommitFailover:input_type -> landfall.failoverorchestrator.v1.CommitFailoverRequest
+	14, // 33: landfall.failoverorchestrator.v1.FailoverService.CancelFailover:input_type -> landfall.failoverorchestrator.v1.CancelFailoverRequest
+	18, // 34: landfall.failoverorchestrator.v1.FailoverService.GetFailover:input_type -> landfall.failoverorchestrator.v1.GetFailoverRequest
+	20, // 35: landfall.failoverorchestrator.v1.FailoverService.ListFailovers:input_type -> landfall.failoverorchestrator.v1.ListFailoversRequest
+	9,  // 36: landfall.failoverorchestrator.v1.FailoverService.StartTestFailover:output_type -> landfall.failoverorchestrator.v1.StartTestFailoverResponse
+	17, // 37: landfall.failoverorchestrator.v1.FailoverService.CleanUpTestFailover:output_type -> landfall.failoverorchestrator.v1.CleanUpTestFailoverResponse
+	11, // 38: landfall.failoverorchestrator.v1.FailoverService.StartFailover:output_type -> landfall.failoverorchestrator.v1.StartFailoverResponse
+	13, // 39: landfall.failoverorchestrator.v1.FailoverService.CommitFailover:output_type -> landfall.failoverorchestrator.v1.CommitFailoverResponse
+	15, // 40: landfall.failoverorchestrator.v1.FailoverService.CancelFailover:output_type -> landfall.failoverorchestrator.v1.CancelFailoverResponse
+	19, // 41: landfall.failoverorchestrator.v1.FailoverService.GetFailover:output_type -> landfall.failoverorchestrator.v1.GetFailoverResponse
+	21, // 42: landfall.failoverorchestrator.v1.FailoverService.ListFailovers:output_type -> landfall.failoverorchestrator.v1.ListFailoversResponse
+	36, // [36:43] is the sub-list for method output_type
+	29, // [29:36] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_landfall_failoverorchestrator_v1_failover_proto_init() }
@@ -985,7 +1963,7 @@ func file_landfall_failoverorchestrator_v1_failover_proto_init() {
 	if File_landfall_failoverorchestrator_v1_failover_proto != nil {
 		return
 	}
-	file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[0].OneofWrappers = []any{
+	file_landfall_failoverorchestrator_v1_failover_proto_msgTypes[1].OneofWrappers = []any{
 		(*PointSelector_Latest)(nil),
 		(*PointSelector_LatestProcessed)(nil),
 		(*PointSelector_Ordinal)(nil),
@@ -996,8 +1974,8 @@ func file_landfall_failoverorchestrator_v1_failover_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_failoverorchestrator_v1_failover_proto_rawDesc), len(file_landfall_failoverorchestrator_v1_failover_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   10,
+			NumEnums:      5,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

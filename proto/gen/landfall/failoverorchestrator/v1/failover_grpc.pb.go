@@ -21,6 +21,9 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	FailoverService_StartTestFailover_FullMethodName   = "/landfall.failoverorchestrator.v1.FailoverService/StartTestFailover"
 	FailoverService_CleanUpTestFailover_FullMethodName = "/landfall.failoverorchestrator.v1.FailoverService/CleanUpTestFailover"
+	FailoverService_StartFailover_FullMethodName       = "/landfall.failoverorchestrator.v1.FailoverService/StartFailover"
+	FailoverService_CommitFailover_FullMethodName      = "/landfall.failoverorchestrator.v1.FailoverService/CommitFailover"
+	FailoverService_CancelFailover_FullMethodName      = "/landfall.failoverorchestrator.v1.FailoverService/CancelFailover"
 	FailoverService_GetFailover_FullMethodName         = "/landfall.failoverorchestrator.v1.FailoverService/GetFailover"
 	FailoverService_ListFailovers_FullMethodName       = "/landfall.failoverorchestrator.v1.FailoverService/ListFailovers"
 )
@@ -39,6 +42,18 @@ type FailoverServiceClient interface {
 	// CleanUpTestFailover removes everything that a test failover made, and nothing else. Idempotent. Reasons:
 	// FAILOVER_NOT_FOUND, INVALID_STATE.
 	CleanUpTestFailover(ctx context.Context, in *CleanUpTestFailoverRequest, opts ...grpc.CallOption) (*CleanUpTestFailoverResponse, error)
+	// StartFailover brings a VM up on a target for real: the lineage is closed first, in storage. Planned: the source is
+	// stopped and its last changes are sent first, nothing is lost. Unplanned: the chosen point. Idempotent by request_id.
+	// Answers when the job is stored; the job resumes by its step journal after a crash. Reasons: NOT_PROTECTED,
+	// INVALID_STATE, POINT_NOT_FOUND, FAILOVER_ACTIVE, TEST_FAILOVER_ACTIVE, SOURCE_NOT_FENCED, TARGET_UNSUPPORTED,
+	// TARGET_UNAVAILABLE, TARGET_NOT_EMPTY, TARGET_UNWRITABLE.
+	StartFailover(ctx context.Context, in *StartFailoverRequest, opts ...grpc.CallOption) (*StartFailoverResponse, error)
+	// CommitFailover makes the choice of point final: the lineage stays closed, its points are kept. Idempotent. Reasons:
+	// FAILOVER_NOT_FOUND, INVALID_STATE.
+	CommitFailover(ctx context.Context, in *CommitFailoverRequest, opts ...grpc.CallOption) (*CommitFailoverResponse, error)
+	// CancelFailover gives a failover up at its next safe point: the recovered machine is removed, the lineage is opened
+	// again and the source may run. Idempotent. Reasons: FAILOVER_NOT_FOUND, INVALID_STATE, NOT_AT_SAFE_POINT.
+	CancelFailover(ctx context.Context, in *CancelFailoverRequest, opts ...grpc.CallOption) (*CancelFailoverResponse, error)
 	// GetFailover reads one record. Reasons: FAILOVER_NOT_FOUND.
 	GetFailover(ctx context.Context, in *GetFailoverRequest, opts ...grpc.CallOption) (*GetFailoverResponse, error)
 	// ListFailovers reads records, newest first.
@@ -67,6 +82,36 @@ func (c *failoverServiceClient) CleanUpTestFailover(ctx context.Context, in *Cle
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(CleanUpTestFailoverResponse)
 	err := c.cc.Invoke(ctx, FailoverService_CleanUpTestFailover_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *failoverServiceClient) StartFailover(ctx context.Context, in *StartFailoverRequest, opts ...grpc.CallOption) (*StartFailoverResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StartFailoverResponse)
+	err := c.cc.Invoke(ctx, FailoverService_StartFailover_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *failoverServiceClient) CommitFailover(ctx context.Context, in *CommitFailoverRequest, opts ...grpc.CallOption) (*CommitFailoverResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CommitFailoverResponse)
+	err := c.cc.Invoke(ctx, FailoverService_CommitFailover_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *failoverServiceClient) CancelFailover(ctx context.Context, in *CancelFailoverRequest, opts ...grpc.CallOption) (*CancelFailoverResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CancelFailoverResponse)
+	err := c.cc.Invoke(ctx, FailoverService_CancelFailover_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -107,6 +152,18 @@ type FailoverServiceServer interface {
 	// CleanUpTestFailover removes everything that a test failover made, and nothing else. Idempotent. Reasons:
 	// FAILOVER_NOT_FOUND, INVALID_STATE.
 	CleanUpTestFailover(context.Context, *CleanUpTestFailoverRequest) (*CleanUpTestFailoverResponse, error)
+	// StartFailover brings a VM up on a target for real: the lineage is closed first, in storage. Planned: the source is
+	// stopped and its last changes are sent first, nothing is lost. Unplanned: the chosen point. Idempotent by request_id.
+	// Answers when the job is stored; the job resumes by its step journal after a crash. Reasons: NOT_PROTECTED,
+	// INVALID_STATE, POINT_NOT_FOUND, FAILOVER_ACTIVE, TEST_FAILOVER_ACTIVE, SOURCE_NOT_FENCED, TARGET_UNSUPPORTED,
+	// TARGET_UNAVAILABLE, TARGET_NOT_EMPTY, TARGET_UNWRITABLE.
+	StartFailover(context.Context, *StartFailoverRequest) (*StartFailoverResponse, error)
+	// CommitFailover makes the choice of point final: the lineage stays closed, its points are kept. Idempotent. Reasons:
+	// FAILOVER_NOT_FOUND, INVALID_STATE.
+	CommitFailover(context.Context, *CommitFailoverRequest) (*CommitFailoverResponse, error)
+	// CancelFailover gives a failover up at its next safe point: the recovered machine is removed, the lineage is opened
+	// again and the source may run. Idempotent. Reasons: FAILOVER_NOT_FOUND, INVALID_STATE, NOT_AT_SAFE_POINT.
+	CancelFailover(context.Context, *CancelFailoverRequest) (*CancelFailoverResponse, error)
 	// GetFailover reads one record. Reasons: FAILOVER_NOT_FOUND.
 	GetFailover(context.Context, *GetFailoverRequest) (*GetFailoverResponse, error)
 	// ListFailovers reads records, newest first.
@@ -126,6 +183,15 @@ func (UnimplementedFailoverServiceServer) StartTestFailover(context.Context, *St
 }
 func (UnimplementedFailoverServiceServer) CleanUpTestFailover(context.Context, *CleanUpTestFailoverRequest) (*CleanUpTestFailoverResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CleanUpTestFailover not implemented")
+}
+func (UnimplementedFailoverServiceServer) StartFailover(context.Context, *StartFailoverRequest) (*StartFailoverResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StartFailover not implemented")
+}
+func (UnimplementedFailoverServiceServer) CommitFailover(context.Context, *CommitFailoverRequest) (*CommitFailoverResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CommitFailover not implemented")
+}
+func (UnimplementedFailoverServiceServer) CancelFailover(context.Context, *CancelFailoverRequest) (*CancelFailoverResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CancelFailover not implemented")
 }
 func (UnimplementedFailoverServiceServer) GetFailover(context.Context, *GetFailoverRequest) (*GetFailoverResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetFailover not implemented")
@@ -190,6 +256,60 @@ func _FailoverService_CleanUpTestFailover_Handler(srv interface{}, ctx context.C
 	return interceptor(ctx, in, info, handler)
 }
 
+func _FailoverService_StartFailover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartFailoverRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FailoverServiceServer).StartFailover(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FailoverService_StartFailover_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FailoverServiceServer).StartFailover(ctx, req.(*StartFailoverRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FailoverService_CommitFailover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CommitFailoverRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FailoverServiceServer).CommitFailover(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FailoverService_CommitFailover_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FailoverServiceServer).CommitFailover(ctx, req.(*CommitFailoverRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _FailoverService_CancelFailover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CancelFailoverRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(FailoverServiceServer).CancelFailover(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: FailoverService_CancelFailover_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(FailoverServiceServer).CancelFailover(ctx, req.(*CancelFailoverRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _FailoverService_GetFailover_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetFailoverRequest)
 	if err := dec(in); err != nil {
@@ -240,6 +360,18 @@ var FailoverService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CleanUpTestFailover",
 			Handler:    _FailoverService_CleanUpTestFailover_Handler,
+		},
+		{
+			MethodName: "StartFailover",
+			Handler:    _FailoverService_StartFailover_Handler,
+		},
+		{
+			MethodName: "CommitFailover",
+			Handler:    _FailoverService_CommitFailover_Handler,
+		},
+		{
+			MethodName: "CancelFailover",
+			Handler:    _FailoverService_CancelFailover_Handler,
 		},
 		{
 			MethodName: "GetFailover",

@@ -885,7 +885,9 @@ type CutPointResponse struct {
 	// Consistency that was reached.
 	Consistency v1.Consistency `protobuf:"varint,2,opt,name=consistency,proto3,enum=landfall.types.v1.Consistency" json:"consistency,omitempty"`
 	// Configuration of the machine.
-	Machine       *v1.Machine `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
+	Machine *v1.Machine `protobuf:"bytes,3,opt,name=machine,proto3" json:"machine,omitempty"`
+	// Why the point is only crash-consistent although more was asked for; absent when it is what was asked for.
+	Degraded      *v1.ErrorDetail `protobuf:"bytes,4,opt,name=degraded,proto3" json:"degraded,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -937,6 +939,13 @@ func (x *CutPointResponse) GetConsistency() v1.Consistency {
 func (x *CutPointResponse) GetMachine() *v1.Machine {
 	if x != nil {
 		return x.Machine
+	}
+	return nil
+}
+
+func (x *CutPointResponse) GetDegraded() *v1.ErrorDetail {
+	if x != nil {
+		return x.Degraded
 	}
 	return nil
 }
@@ -1161,11 +1170,615 @@ func (x *ListPointsResponse) GetStatus() *v1.TrackingStatus {
 	return nil
 }
 
+// BeginPassRequest asks for a pass.
+type BeginPassRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Pass ordinal.
+	Pass uint64 `protobuf:"varint,3,opt,name=pass,proto3" json:"pass,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// What to copy.
+	Scope         v1.PassScope `protobuf:"varint,5,opt,name=scope,proto3,enum=landfall.types.v1.PassScope" json:"scope,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginPassRequest) Reset() {
+	*x = BeginPassRequest{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginPassRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginPassRequest) ProtoMessage() {}
+
+func (x *BeginPassRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginPassRequest.ProtoReflect.Descriptor instead.
+func (*BeginPassRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *BeginPassRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *BeginPassRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *BeginPassRequest) GetPass() uint64 {
+	if x != nil {
+		return x.Pass
+	}
+	return 0
+}
+
+func (x *BeginPassRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *BeginPassRequest) GetScope() v1.PassScope {
+	if x != nil {
+		return x.Scope
+	}
+	return v1.PassScope(0)
+}
+
+// BeginPassResponse has the pass with the bytes per disk.
+type BeginPassResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The pass.
+	Pass          *v1.HostPoint `protobuf:"bytes,1,opt,name=pass,proto3" json:"pass,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginPassResponse) Reset() {
+	*x = BeginPassResponse{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginPassResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginPassResponse) ProtoMessage() {}
+
+func (x *BeginPassResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginPassResponse.ProtoReflect.Descriptor instead.
+func (*BeginPassResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *BeginPassResponse) GetPass() *v1.HostPoint {
+	if x != nil {
+		return x.Pass
+	}
+	return nil
+}
+
+// SettlePassRequest ends a pass.
+type SettlePassRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Pass ordinal.
+	Pass uint64 `protobuf:"varint,3,opt,name=pass,proto3" json:"pass,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// How it ended.
+	Outcome       v1.SettleOutcome `protobuf:"varint,5,opt,name=outcome,proto3,enum=landfall.types.v1.SettleOutcome" json:"outcome,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettlePassRequest) Reset() {
+	*x = SettlePassRequest{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettlePassRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettlePassRequest) ProtoMessage() {}
+
+func (x *SettlePassRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettlePassRequest.ProtoReflect.Descriptor instead.
+func (*SettlePassRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SettlePassRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *SettlePassRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *SettlePassRequest) GetPass() uint64 {
+	if x != nil {
+		return x.Pass
+	}
+	return 0
+}
+
+func (x *SettlePassRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *SettlePassRequest) GetOutcome() v1.SettleOutcome {
+	if x != nil {
+		return x.Outcome
+	}
+	return v1.SettleOutcome(0)
+}
+
+// SettlePassResponse has the state after the call.
+type SettlePassResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// State.
+	Status        *v1.TrackingStatus `protobuf:"bytes,1,opt,name=status,proto3" json:"status,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettlePassResponse) Reset() {
+	*x = SettlePassResponse{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettlePassResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettlePassResponse) ProtoMessage() {}
+
+func (x *SettlePassResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettlePassResponse.ProtoReflect.Descriptor instead.
+func (*SettlePassResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SettlePassResponse) GetStatus() *v1.TrackingStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+// StopMachineRequest names the machine and the failover that fences it.
+type StopMachineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// failovers/{failover}.
+	Failover      string `protobuf:"bytes,4,opt,name=failover,proto3" json:"failover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopMachineRequest) Reset() {
+	*x = StopMachineRequest{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopMachineRequest) ProtoMessage() {}
+
+func (x *StopMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopMachineRequest.ProtoReflect.Descriptor instead.
+func (*StopMachineRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *StopMachineRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *StopMachineRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *StopMachineRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *StopMachineRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+// StopMachineResponse has the state after the call.
+type StopMachineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// OFF when the guest cannot write any more.
+	PowerState    v1.PowerState `protobuf:"varint,1,opt,name=power_state,json=powerState,proto3,enum=landfall.types.v1.PowerState" json:"power_state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopMachineResponse) Reset() {
+	*x = StopMachineResponse{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopMachineResponse) ProtoMessage() {}
+
+func (x *StopMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopMachineResponse.ProtoReflect.Descriptor instead.
+func (*StopMachineResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *StopMachineResponse) GetPowerState() v1.PowerState {
+	if x != nil {
+		return x.PowerState
+	}
+	return v1.PowerState(0)
+}
+
+// ReleaseMachineRequest names the machine and the failover that fences it.
+type ReleaseMachineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// failovers/{failover}.
+	Failover      string `protobuf:"bytes,4,opt,name=failover,proto3" json:"failover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseMachineRequest) Reset() {
+	*x = ReleaseMachineRequest{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseMachineRequest) ProtoMessage() {}
+
+func (x *ReleaseMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseMachineRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseMachineRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ReleaseMachineRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ReleaseMachineRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *ReleaseMachineRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ReleaseMachineRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+// ReleaseMachineResponse is empty.
+type ReleaseMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseMachineResponse) Reset() {
+	*x = ReleaseMachineResponse{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseMachineResponse) ProtoMessage() {}
+
+func (x *ReleaseMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseMachineResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseMachineResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{25}
+}
+
+// StartMachineRequest names the machine and the failover whose fence is lifted.
+type StartMachineRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Machine GUID.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Epoch of the caller.
+	Epoch uint64 `protobuf:"varint,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// failovers/{failover}; empty when no fence is to be lifted.
+	Failover      string `protobuf:"bytes,4,opt,name=failover,proto3" json:"failover,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartMachineRequest) Reset() {
+	*x = StartMachineRequest{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartMachineRequest) ProtoMessage() {}
+
+func (x *StartMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartMachineRequest.ProtoReflect.Descriptor instead.
+func (*StartMachineRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *StartMachineRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *StartMachineRequest) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *StartMachineRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *StartMachineRequest) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+// StartMachineResponse has the state after the call.
+type StartMachineResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The state; a driver that cannot start machines leaves it OFF or unspecified, and an operator starts it.
+	PowerState    v1.PowerState `protobuf:"varint,1,opt,name=power_state,json=powerState,proto3,enum=landfall.types.v1.PowerState" json:"power_state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartMachineResponse) Reset() {
+	*x = StartMachineResponse{}
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartMachineResponse) ProtoMessage() {}
+
+func (x *StartMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_hostprovider_v1_host_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartMachineResponse.ProtoReflect.Descriptor instead.
+func (*StartMachineResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_hostprovider_v1_host_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *StartMachineResponse) GetPowerState() v1.PowerState {
+	if x != nil {
+		return x.PowerState
+	}
+	return v1.PowerState(0)
+}
+
 var File_landfall_hostprovider_v1_host_proto protoreflect.FileDescriptor
 
 const file_landfall_hostprovider_v1_host_proto_rawDesc = "" +
 	"\n" +
-	"#landfall/hostprovider/v1/host.proto\x12\x18landfall.hostprovider.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\x1a\x1flandfall/types/v1/machine.proto\x1a\"landfall/types/v1/protection.proto\x1a\x1elandfall/types/v1/reason.proto\x1a#landfall/types/v1/replication.proto\"\x8b\x02\n" +
+	"#landfall/hostprovider/v1/host.proto\x12\x18landfall.hostprovider.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\x1a\x1blandfall/types/v1/job.proto\x1a\x1flandfall/types/v1/machine.proto\x1a\"landfall/types/v1/protection.proto\x1a\x1elandfall/types/v1/reason.proto\x1a#landfall/types/v1/replication.proto\"\x8b\x02\n" +
 	"\x04Host\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06driver\x18\x02 \x01(\tR\x06driver\x122\n" +
@@ -1215,11 +1828,12 @@ const file_landfall_hostprovider_v1_host_proto_rawDesc = "" +
 	"\x05point\x18\x03 \x01(\x04B\a\xbaH\x042\x02 \x00R\x05point\x12\x14\n" +
 	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x12L\n" +
 	"\vconsistency\x18\x05 \x01(\x0e2\x1e.landfall.types.v1.ConsistencyB\n" +
-	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\vconsistency\"\xbe\x01\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\vconsistency\"\xfa\x01\n" +
 	"\x10CutPointResponse\x122\n" +
 	"\x05point\x18\x01 \x01(\v2\x1c.landfall.types.v1.HostPointR\x05point\x12@\n" +
 	"\vconsistency\x18\x02 \x01(\x0e2\x1e.landfall.types.v1.ConsistencyR\vconsistency\x124\n" +
-	"\amachine\x18\x03 \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\"\xdb\x01\n" +
+	"\amachine\x18\x03 \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\x12:\n" +
+	"\bdegraded\x18\x04 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\bdegraded\"\xdb\x01\n" +
 	"\x12SettlePointRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
 	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x1d\n" +
@@ -1232,12 +1846,52 @@ const file_landfall_hostprovider_v1_host_proto_rawDesc = "" +
 	"\x11ListPointsRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\"O\n" +
 	"\x12ListPointsResponse\x129\n" +
-	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status*a\n" +
+	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status\"\xcf\x01\n" +
+	"\x10BeginPassRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x1b\n" +
+	"\x04pass\x18\x03 \x01(\x04B\a\xbaH\x042\x02 \x00R\x04pass\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x12>\n" +
+	"\x05scope\x18\x05 \x01(\x0e2\x1c.landfall.types.v1.PassScopeB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x05scope\"E\n" +
+	"\x11BeginPassResponse\x120\n" +
+	"\x04pass\x18\x01 \x01(\v2\x1c.landfall.types.v1.HostPointR\x04pass\"\xd8\x01\n" +
+	"\x11SettlePassRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x1b\n" +
+	"\x04pass\x18\x03 \x01(\x04B\a\xbaH\x042\x02 \x00R\x04pass\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x12F\n" +
+	"\aoutcome\x18\x05 \x01(\x0e2 .landfall.types.v1.SettleOutcomeB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\aoutcome\"O\n" +
+	"\x12SettlePassResponse\x129\n" +
+	"\x06status\x18\x01 \x01(\v2!.landfall.types.v1.TrackingStatusR\x06status\"\x99\x01\n" +
+	"\x12StopMachineRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12#\n" +
+	"\bfailover\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\bfailover\"U\n" +
+	"\x13StopMachineResponse\x12>\n" +
+	"\vpower_state\x18\x01 \x01(\x0e2\x1d.landfall.types.v1.PowerStateR\n" +
+	"powerState\"\x9c\x01\n" +
+	"\x15ReleaseMachineRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12#\n" +
+	"\bfailover\x18\x04 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\bfailover\"\x18\n" +
+	"\x16ReleaseMachineResponse\"\x91\x01\n" +
+	"\x13StartMachineRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x04R\x05epoch\x12\x1a\n" +
+	"\bfailover\x18\x04 \x01(\tR\bfailover\"V\n" +
+	"\x14StartMachineResponse\x12>\n" +
+	"\vpower_state\x18\x01 \x01(\x0e2\x1d.landfall.types.v1.PowerStateR\n" +
+	"powerState*a\n" +
 	"\bSeverity\x12\x18\n" +
 	"\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSEVERITY_INFO\x10\x01\x12\x14\n" +
 	"\x10SEVERITY_WARNING\x10\x02\x12\x12\n" +
-	"\x0eSEVERITY_ERROR\x10\x032\xb1\t\n" +
+	"\x0eSEVERITY_ERROR\x10\x032\xa6\x0e\n" +
 	"\vHostService\x12\x9a\x01\n" +
 	"\fListMachines\x12-.landfall.hostprovider.v1.ListMachinesRequest\x1a..landfall.hostprovider.v1.ListMachinesResponse\"+\xaa\xbb\x18$\n" +
 	"\tscheduler\n" +
@@ -1255,6 +1909,17 @@ const file_landfall_hostprovider_v1_host_proto_rawDesc = "" +
 	"\bCutPoint\x12).landfall.hostprovider.v1.CutPointRequest\x1a*.landfall.hostprovider.v1.CutPointResponse\"\x0f\xaa\xbb\x18\v\n" +
 	"\tscheduler\x12{\n" +
 	"\vSettlePoint\x12,.landfall.hostprovider.v1.SettlePointRequest\x1a-.landfall.hostprovider.v1.SettlePointResponse\"\x0f\xaa\xbb\x18\v\n" +
+	"\tscheduler\x12u\n" +
+	"\tBeginPass\x12*.landfall.hostprovider.v1.BeginPassRequest\x1a+.landfall.hostprovider.v1.BeginPassResponse\"\x0f\xaa\xbb\x18\v\n" +
+	"\tscheduler\x12x\n" +
+	"\n" +
+	"SettlePass\x12+.landfall.hostprovider.v1.SettlePassRequest\x1a,.landfall.hostprovider.v1.SettlePassResponse\"\x0f\xaa\xbb\x18\v\n" +
+	"\tscheduler\x12{\n" +
+	"\vStopMachine\x12,.landfall.hostprovider.v1.StopMachineRequest\x1a-.landfall.hostprovider.v1.StopMachineResponse\"\x0f\xaa\xbb\x18\v\n" +
+	"\tscheduler\x12\x84\x01\n" +
+	"\x0eReleaseMachine\x12/.landfall.hostprovider.v1.ReleaseMachineRequest\x1a0.landfall.hostprovider.v1.ReleaseMachineResponse\"\x0f\xaa\xbb\x18\v\n" +
+	"\tscheduler\x12~\n" +
+	"\fStartMachine\x12-.landfall.hostprovider.v1.StartMachineRequest\x1a..landfall.hostprovider.v1.StartMachineResponse\"\x0f\xaa\xbb\x18\v\n" +
 	"\tscheduler\x12}\n" +
 	"\n" +
 	"ListPoints\x12+.landfall.hostprovider.v1.ListPointsRequest\x1a,.landfall.hostprovider.v1.ListPointsResponse\"\x14\xaa\xbb\x18\r\n" +
@@ -1274,7 +1939,7 @@ func file_landfall_hostprovider_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_landfall_hostprovider_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_landfall_hostprovider_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_landfall_hostprovider_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_landfall_hostprovider_v1_host_proto_goTypes = []any{
 	(Severity)(0),                                 // 0: landfall.hostprovider.v1.Severity
 	(*Host)(nil),                                  // 1: landfall.hostprovider.v1.Host
@@ -1295,53 +1960,83 @@ var file_landfall_hostprovider_v1_host_proto_goTypes = []any{
 	(*SettlePointResponse)(nil),                   // 16: landfall.hostprovider.v1.SettlePointResponse
 	(*ListPointsRequest)(nil),                     // 17: landfall.hostprovider.v1.ListPointsRequest
 	(*ListPointsResponse)(nil),                    // 18: landfall.hostprovider.v1.ListPointsResponse
-	(*timestamppb.Timestamp)(nil),                 // 19: google.protobuf.Timestamp
-	(*v1.Machine)(nil),                            // 20: landfall.types.v1.Machine
-	(v1.ErrorReason)(0),                           // 21: landfall.types.v1.ErrorReason
-	(*v1.TrackingStatus)(nil),                     // 22: landfall.types.v1.TrackingStatus
-	(v1.Consistency)(0),                           // 23: landfall.types.v1.Consistency
-	(*v1.HostPoint)(nil),                          // 24: landfall.types.v1.HostPoint
-	(v1.SettleOutcome)(0),                         // 25: landfall.types.v1.SettleOutcome
+	(*BeginPassRequest)(nil),                      // 19: landfall.hostprovider.v1.BeginPassRequest
+	(*BeginPassResponse)(nil),                     // 20: landfall.hostprovider.v1.BeginPassResponse
+	(*SettlePassRequest)(nil),                     // 21: landfall.hostprovider.v1.SettlePassRequest
+	(*SettlePassResponse)(nil),                    // 22: landfall.hostprovider.v1.SettlePassResponse
+	(*StopMachineRequest)(nil),                    // 23: landfall.hostprovider.v1.StopMachineRequest
+	(*StopMachineResponse)(nil),                   // 24: landfall.hostprovider.v1.StopMachineResponse
+	(*ReleaseMachineRequest)(nil),                 // 25: landfall.hostprovider.v1.ReleaseMachineRequest
+	(*ReleaseMachineResponse)(nil),                // 26: landfall.hostprovider.v1.ReleaseMachineResponse
+	(*StartMachineRequest)(nil),                   // 27: landfall.hostprovider.v1.StartMachineRequest
+	(*StartMachineResponse)(nil),                  // 28: landfall.hostprovider.v1.StartMachineResponse
+	(*timestamppb.Timestamp)(nil),                 // 29: google.protobuf.Timestamp
+	(*v1.Machine)(nil),                            // 30: landfall.types.v1.Machine
+	(v1.ErrorReason)(0),                           // 31: landfall.types.v1.ErrorReason
+	(*v1.TrackingStatus)(nil),                     // 32: landfall.types.v1.TrackingStatus
+	(v1.Consistency)(0),                           // 33: landfall.types.v1.Consistency
+	(*v1.HostPoint)(nil),                          // 34: landfall.types.v1.HostPoint
+	(*v1.ErrorDetail)(nil),                        // 35: landfall.types.v1.ErrorDetail
+	(v1.SettleOutcome)(0),                         // 36: landfall.types.v1.SettleOutcome
+	(v1.PassScope)(0),                             // 37: landfall.types.v1.PassScope
+	(v1.PowerState)(0),                            // 38: landfall.types.v1.PowerState
 }
 var file_landfall_hostprovider_v1_host_proto_depIdxs = []int32{
-	19, // 0: landfall.hostprovider.v1.Host.heartbeat_time:type_name -> google.protobuf.Timestamp
-	20, // 1: landfall.hostprovider.v1.ListMachinesResponse.machines:type_name -> landfall.types.v1.Machine
+	29, // 0: landfall.hostprovider.v1.Host.heartbeat_time:type_name -> google.protobuf.Timestamp
+	30, // 1: landfall.hostprovider.v1.ListMachinesResponse.machines:type_name -> landfall.types.v1.Machine
 	6,  // 2: landfall.hostprovider.v1.ListMachinesResponse.problems:type_name -> landfall.hostprovider.v1.Finding
-	20, // 3: landfall.hostprovider.v1.GetMachineResponse.machine:type_name -> landfall.types.v1.Machine
+	30, // 3: landfall.hostprovider.v1.GetMachineResponse.machine:type_name -> landfall.types.v1.Machine
 	0,  // 4: landfall.hostprovider.v1.Finding.severity:type_name -> landfall.hostprovider.v1.Severity
-	21, // 5: landfall.hostprovider.v1.Finding.reason:type_name -> landfall.types.v1.ErrorReason
+	31, // 5: landfall.hostprovider.v1.Finding.reason:type_name -> landfall.types.v1.ErrorReason
 	6,  // 6: landfall.hostprovider.v1.CheckPrerequisitesResponse.findings:type_name -> landfall.hostprovider.v1.Finding
-	20, // 7: landfall.hostprovider.v1.CheckPrerequisitesResponse.machine:type_name -> landfall.types.v1.Machine
-	22, // 8: landfall.hostprovider.v1.CreateReplicationRelationshipResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	20, // 9: landfall.hostprovider.v1.CreateReplicationRelationshipResponse.machine:type_name -> landfall.types.v1.Machine
-	23, // 10: landfall.hostprovider.v1.CutPointRequest.consistency:type_name -> landfall.types.v1.Consistency
-	24, // 11: landfall.hostprovider.v1.CutPointResponse.point:type_name -> landfall.types.v1.HostPoint
-	23, // 12: landfall.hostprovider.v1.CutPointResponse.consistency:type_name -> landfall.types.v1.Consistency
-	20, // 13: landfall.hostprovider.v1.CutPointResponse.machine:type_name -> landfall.types.v1.Machine
-	25, // 14: landfall.hostprovider.v1.SettlePointRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
-	22, // 15: landfall.hostprovider.v1.SettlePointResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	22, // 16: landfall.hostprovider.v1.ListPointsResponse.status:type_name -> landfall.types.v1.TrackingStatus
-	2,  // 17: landfall.hostprovider.v1.HostService.ListMachines:input_type -> landfall.hostprovider.v1.ListMachinesRequest
-	4,  // 18: landfall.hostprovider.v1.HostService.GetMachine:input_type -> landfall.hostprovider.v1.GetMachineRequest
-	7,  // 19: landfall.hostprovider.v1.HostService.CheckPrerequisites:input_type -> landfall.hostprovider.v1.CheckPrerequisitesRequest
-	9,  // 20: landfall.hostprovider.v1.HostService.CreateReplicationRelationship:input_type -> landfall.hostprovider.v1.CreateReplicationRelationshipRequest
-	11, // 21: landfall.hostprovider.v1.HostService.RemoveReplicationRelationship:input_type -> landfall.hostprovider.v1.RemoveReplicationRelationshipRequest
-	13, // 22: landfall.hostprovider.v1.HostService.CutPoint:input_type -> landfall.hostprovider.v1.CutPointRequest
-	15, // 23: landfall.hostprovider.v1.HostService.SettlePoint:input_type -> landfall.hostprovider.v1.SettlePointRequest
-	17, // 24: landfall.hostprovider.v1.HostService.ListPoints:input_type -> landfall.hostprovider.v1.ListPointsRequest
-	3,  // 25: landfall.hostprovider.v1.HostService.ListMachines:output_type -> landfall.hostprovider.v1.ListMachinesResponse
-	5,  // 26: landfall.hostprovider.v1.HostService.GetMachine:output_type -> landfall.hostprovider.v1.GetMachineResponse
-	8,  // 27: landfall.hostprovider.v1.HostService.CheckPrerequisites:output_type -> landfall.hostprovider.v1.CheckPrerequisitesResponse
-	10, // 28: landfall.hostprovider.v1.HostService.CreateReplicationRelationship:output_type -> landfall.hostprovider.v1.CreateReplicationRelationshipResponse
-	12, // 29: landfall.hostprovider.v1.HostService.RemoveReplicationRelationship:output_type -> landfall.hostprovider.v1.RemoveReplicationRelationshipResponse
-	14, // 30: landfall.hostprovider.v1.HostService.CutPoint:output_type -> landfall.hostprovider.v1.CutPointResponse
-	16, // 31: landfall.hostprovider.v1.HostService.SettlePoint:output_type -> landfall.hostprovider.v1.SettlePointResponse
-	18, // 32: landfall.hostprovider.v1.HostService.ListPoints:output_type -> landfall.hostprovider.v1.ListPointsResponse
-	25, // [25:33] is the sub-list for method output_type
-	17, // [17:25] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	30, // 7: landfall.hostprovider.v1.CheckPrerequisitesResponse.machine:type_name -> landfall.types.v1.Machine
+	32, // 8: landfall.hostprovider.v1.CreateReplicationRelationshipResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	30, // 9: landfall.hostprovider.v1.CreateReplicationRelationshipResponse.machine:type_name -> landfall.types.v1.Machine
+	33, // 10: landfall.hostprovider.v1.CutPointRequest.consistency:type_name -> landfall.types.v1.Consistency
+	34, // 11: landfall.hostprovider.v1.CutPointResponse.point:type_name -> landfall.types.v1.HostPoint
+	33, // 12: landfall.hostprovider.v1.CutPointResponse.consistency:type_name -> landfall.types.v1.Consistency
+	30, // 13: landfall.hostprovider.v1.CutPointResponse.machine:type_name -> landfall.types.v1.Machine
+	35, // 14: landfall.hostprovider.v1.CutPointResponse.degraded:type_name -> landfall.types.v1.ErrorDetail
+	36, // 15: landfall.hostprovider.v1.SettlePointRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
+	32, // 16: landfall.hostprovider.v1.SettlePointResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	32, // 17: landfall.hostprovider.v1.ListPointsResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	37, // 18: landfall.hostprovider.v1.BeginPassRequest.scope:type_name -> landfall.types.v1.PassScope
+	34, // 19: landfall.hostprovider.v1.BeginPassResponse.pass:type_name -> landfall.types.v1.HostPoint
+	36, // 20: landfall.hostprovider.v1.SettlePassRequest.outcome:type_name -> landfall.types.v1.SettleOutcome
+	32, // 21: landfall.hostprovider.v1.SettlePassResponse.status:type_name -> landfall.types.v1.TrackingStatus
+	38, // 22: landfall.hostprovider.v1.StopMachineResponse.power_state:type_name -> landfall.types.v1.PowerState
+	38, // 23: landfall.hostprovider.v1.StartMachineResponse.power_state:type_name -> landfall.types.v1.PowerState
+	2,  // 24: landfall.hostprovider.v1.HostService.ListMachines:input_type -> landfall.hostprovider.v1.ListMachinesRequest
+	4,  // 25: landfall.hostprovider.v1.HostService.GetMachine:input_type -> landfall.hostprovider.v1.GetMachineRequest
+	7,  // 26: landfall.hostprovider.v1.HostService.CheckPrerequisites:input_type -> landfall.hostprovider.v1.CheckPrerequisitesRequest
+	9,  // 27: landfall.hostprovider.v1.HostService.CreateReplicationRelationship:input_type -> landfall.hostprovider.v1.CreateReplicationRelationshipRequest
+	11, // 28: landfall.hostprovider.v1.HostService.RemoveReplicationRelationship:input_type -> landfall.hostprovider.v1.RemoveReplicationRelationshipRequest
+	13, // 29: landfall.hostprovider.v1.HostService.CutPoint:input_type -> landfall.hostprovider.v1.CutPointRequest
+	15, // 30: landfall.hostprovider.v1.HostService.SettlePoint:input_type -> landfall.hostprovider.v1.SettlePointRequest
+	19, // 31: landfall.hostprovider.v1.HostService.BeginPass:input_type -> landfall.hostprovider.v1.BeginPassRequest
+	21, // 32: landfall.hostprovider.v1.HostService.SettlePass:input_type -> landfall.hostprovider.v1.SettlePassRequest
+	23, // 33: landfall.hostprovider.v1.HostService.StopMachine:input_type -> landfall.hostprovider.v1.StopMachineRequest
+	25, // 34: landfall.hostprovider.v1.HostService.ReleaseMachine:input_type -> landfall.hostprovider.v1.ReleaseMachineRequest
+	27, // 35: landfall.hostprovider.v1.HostService.StartMachine:input_type -> landfall.hostprovider.v1.StartMachineRequest
+	17, // 36: landfall.hostprovider.v1.HostService.ListPoints:input_type -> landfall.hostprovider.v1.ListPointsRequest
+	3,  // 37: landfall.hostprovider.v1.HostService.ListMachines:output_type -> landfall.hostprovider.v1.ListMachinesResponse
+	5,  // 38: landfall.hostprovider.v1.HostService.GetMachine:output_type -> landfall.hostprovider.v1.GetMachineResponse
+	8,  // 39: landfall.hostprovider.v1.HostService.CheckPrerequisites:output_type -> landfall.hostprovider.v1.CheckPrerequisitesResponse
+	10, // 40: landfall.hostprovider.v1.HostService.CreateReplicationRelationship:output_type -> landfall.hostprovider.v1.CreateReplicationRelationshipResponse
+	12, // 41: landfall.hostprovider.v1.HostService.RemoveReplicationRelationship:output_type -> landfall.hostprovider.v1.RemoveReplicationRelationshipResponse
+	14, // 42: landfall.hostprovider.v1.HostService.CutPoint:output_type -> landfall.hostprovider.v1.CutPointResponse
+	16, // 43: landfall.hostprovider.v1.HostService.SettlePoint:output_type -> landfall.hostprovider.v1.SettlePointResponse
+	20, // 44: landfall.hostprovider.v1.HostService.BeginPass:output_type -> landfall.hostprovider.v1.BeginPassResponse
+	22, // 45: landfall.hostprovider.v1.HostService.SettlePass:output_type -> landfall.hostprovider.v1.SettlePassResponse
+	24, // 46: landfall.hostprovider.v1.HostService.StopMachine:output_type -> landfall.hostprovider.v1.StopMachineResponse
+	26, // 47: landfall.hostprovider.v1.HostService.ReleaseMachine:output_type -> landfall.hostprovider.v1.ReleaseMachineResponse
+	28, // 48: landfall.hostprovider.v1.HostService.StartMachine:output_type -> landfall.hostprovider.v1.StartMachineResponse
+	18, // 49: landfall.hostprovider.v1.HostService.ListPoints:output_type -> landfall.hostprovider.v1.ListPointsResponse
+	37, // [37:50] is the sub-list for method output_type
+	24, // [24:37] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_landfall_hostprovider_v1_host_proto_init() }
@@ -1355,7 +2050,7 @@ func file_landfall_hostprovider_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_hostprovider_v1_host_proto_rawDesc), len(file_landfall_hostprovider_v1_host_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   18,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,11 @@ const (
 	HostService_RemoveReplicationRelationship_FullMethodName = "/landfall.hostprovider.v1.HostService/RemoveReplicationRelationship"
 	HostService_CutPoint_FullMethodName                      = "/landfall.hostprovider.v1.HostService/CutPoint"
 	HostService_SettlePoint_FullMethodName                   = "/landfall.hostprovider.v1.HostService/SettlePoint"
+	HostService_BeginPass_FullMethodName                     = "/landfall.hostprovider.v1.HostService/BeginPass"
+	HostService_SettlePass_FullMethodName                    = "/landfall.hostprovider.v1.HostService/SettlePass"
+	HostService_StopMachine_FullMethodName                   = "/landfall.hostprovider.v1.HostService/StopMachine"
+	HostService_ReleaseMachine_FullMethodName                = "/landfall.hostprovider.v1.HostService/ReleaseMachine"
+	HostService_StartMachine_FullMethodName                  = "/landfall.hostprovider.v1.HostService/StartMachine"
 	HostService_ListPoints_FullMethodName                    = "/landfall.hostprovider.v1.HostService/ListPoints"
 )
 
@@ -54,6 +59,24 @@ type HostServiceClient interface {
 	// SettlePoint ends a point. Idempotent by ordinal; the first settle wins. A settle of a point never cut forbids its
 	// later cut. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_SETTLED.
 	SettlePoint(ctx context.Context, in *SettlePointRequest, opts ...grpc.CallOption) (*SettlePointResponse, error)
+	// BeginPass fixes the start of a pass, durably: every write from here on is covered by the next pass or cut. FULL
+	// takes every allocated range and forgets older changes; DIRTY takes what is dirty without data; COMPARE takes no
+	// range. Idempotent by ordinal. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_OPEN, POINT_SETTLED,
+	// HYPERVISOR_UNREACHABLE.
+	BeginPass(ctx context.Context, in *BeginPassRequest, opts ...grpc.CallOption) (*BeginPassResponse, error)
+	// SettlePass ends a pass: COMMITTED makes it the base, ABANDONED gives its ranges back. The first settle wins.
+	SettlePass(ctx context.Context, in *SettlePassRequest, opts ...grpc.CallOption) (*SettlePassResponse, error)
+	// StopMachine fences a machine for a failover, durably, and asks its guest to power down; tracking and what it needs
+	// stay, so that a last point can be cut. It waits at most a few seconds and answers with the power state: call again
+	// until OFF. Never forces. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, HYPERVISOR_UNREACHABLE,
+	// MACHINE_FENCED (by another failover).
+	StopMachine(ctx context.Context, in *StopMachineRequest, opts ...grpc.CallOption) (*StopMachineResponse, error)
+	// ReleaseMachine ends what is left of a stopped and fenced machine: the hypervisor's process goes, with its bitmaps.
+	// The fence stays. Refused while the guest runs (INVALID_STATE). Idempotent.
+	ReleaseMachine(ctx context.Context, in *ReleaseMachineRequest, opts ...grpc.CallOption) (*ReleaseMachineResponse, error)
+	// StartMachine lifts the fence of a failover that was cancelled and starts the machine where the driver can.
+	// Idempotent. Reasons: STALE_EPOCH, MACHINE_FENCED (by another failover).
+	StartMachine(ctx context.Context, in *StartMachineRequest, opts ...grpc.CallOption) (*StartMachineResponse, error)
 	// ListPoints says what the host holds of a machine. Read-only.
 	ListPoints(ctx context.Context, in *ListPointsRequest, opts ...grpc.CallOption) (*ListPointsResponse, error)
 }
@@ -136,6 +159,56 @@ func (c *hostServiceClient) SettlePoint(ctx context.Context, in *SettlePointRequ
 	return out, nil
 }
 
+func (c *hostServiceClient) BeginPass(ctx context.Context, in *BeginPassRequest, opts ...grpc.CallOption) (*BeginPassResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BeginPassResponse)
+	err := c.cc.Invoke(ctx, HostService_BeginPass_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostServiceClient) SettlePass(ctx context.Context, in *SettlePassRequest, opts ...grpc.CallOption) (*SettlePassResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SettlePassResponse)
+	err := c.cc.Invoke(ctx, HostService_SettlePass_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostServiceClient) StopMachine(ctx context.Context, in *StopMachineRequest, opts ...grpc.CallOption) (*StopMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StopMachineResponse)
+	err := c.cc.Invoke(ctx, HostService_StopMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostServiceClient) ReleaseMachine(ctx context.Context, in *ReleaseMachineRequest, opts ...grpc.CallOption) (*ReleaseMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReleaseMachineResponse)
+	err := c.cc.Invoke(ctx, HostService_ReleaseMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostServiceClient) StartMachine(ctx context.Context, in *StartMachineRequest, opts ...grpc.CallOption) (*StartMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StartMachineResponse)
+	err := c.cc.Invoke(ctx, HostService_StartMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hostServiceClient) ListPoints(ctx context.Context, in *ListPointsRequest, opts ...grpc.CallOption) (*ListPointsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListPointsResponse)
@@ -171,6 +244,24 @@ type HostServiceServer interface {
 	// SettlePoint ends a point. Idempotent by ordinal; the first settle wins. A settle of a point never cut forbids its
 	// later cut. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_SETTLED.
 	SettlePoint(context.Context, *SettlePointRequest) (*SettlePointResponse, error)
+	// BeginPass fixes the start of a pass, durably: every write from here on is covered by the next pass or cut. FULL
+	// takes every allocated range and forgets older changes; DIRTY takes what is dirty without data; COMPARE takes no
+	// range. Idempotent by ordinal. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, POINT_OPEN, POINT_SETTLED,
+	// HYPERVISOR_UNREACHABLE.
+	BeginPass(context.Context, *BeginPassRequest) (*BeginPassResponse, error)
+	// SettlePass ends a pass: COMMITTED makes it the base, ABANDONED gives its ranges back. The first settle wins.
+	SettlePass(context.Context, *SettlePassRequest) (*SettlePassResponse, error)
+	// StopMachine fences a machine for a failover, durably, and asks its guest to power down; tracking and what it needs
+	// stay, so that a last point can be cut. It waits at most a few seconds and answers with the power state: call again
+	// until OFF. Never forces. Idempotent. Reasons: STALE_EPOCH, LINEAGE_MISMATCH, HYPERVISOR_UNREACHABLE,
+	// MACHINE_FENCED (by another failover).
+	StopMachine(context.Context, *StopMachineRequest) (*StopMachineResponse, error)
+	// ReleaseMachine ends what is left of a stopped and fenced machine: the hypervisor's process goes, with its bitmaps.
+	// The fence stays. Refused while the guest runs (INVALID_STATE). Idempotent.
+	ReleaseMachine(context.Context, *ReleaseMachineRequest) (*ReleaseMachineResponse, error)
+	// StartMachine lifts the fence of a failover that was cancelled and starts the machine where the driver can.
+	// Idempotent. Reasons: STALE_EPOCH, MACHINE_FENCED (by another failover).
+	StartMachine(context.Context, *StartMachineRequest) (*StartMachineResponse, error)
 	// ListPoints says what the host holds of a machine. Read-only.
 	ListPoints(context.Context, *ListPointsRequest) (*ListPointsResponse, error)
 	mustEmbedUnimplementedHostServiceServer()
@@ -203,6 +294,21 @@ func (UnimplementedHostServiceServer) CutPoint(context.Context, *CutPointRequest
 }
 func (UnimplementedHostServiceServer) SettlePoint(context.Context, *SettlePointRequest) (*SettlePointResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SettlePoint not implemented")
+}
+func (UnimplementedHostServiceServer) BeginPass(context.Context, *BeginPassRequest) (*BeginPassResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method BeginPass not implemented")
+}
+func (UnimplementedHostServiceServer) SettlePass(context.Context, *SettlePassRequest) (*SettlePassResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SettlePass not implemented")
+}
+func (UnimplementedHostServiceServer) StopMachine(context.Context, *StopMachineRequest) (*StopMachineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StopMachine not implemented")
+}
+func (UnimplementedHostServiceServer) ReleaseMachine(context.Context, *ReleaseMachineRequest) (*ReleaseMachineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReleaseMachine not implemented")
+}
+func (UnimplementedHostServiceServer) StartMachine(context.Context, *StartMachineRequest) (*StartMachineResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StartMachine not implemented")
 }
 func (UnimplementedHostServiceServer) ListPoints(context.Context, *ListPointsRequest) (*ListPointsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListPoints not implemented")
@@ -354,6 +460,96 @@ func _HostService_SettlePoint_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _HostService_BeginPass_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BeginPassRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServiceServer).BeginPass(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostService_BeginPass_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServiceServer).BeginPass(ctx, req.(*BeginPassRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostService_SettlePass_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SettlePassRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServiceServer).SettlePass(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostService_SettlePass_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServiceServer).SettlePass(ctx, req.(*SettlePassRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostService_StopMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StopMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServiceServer).StopMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostService_StopMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServiceServer).StopMachine(ctx, req.(*StopMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostService_ReleaseMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReleaseMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServiceServer).ReleaseMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostService_ReleaseMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServiceServer).ReleaseMachine(ctx, req.(*ReleaseMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _HostService_StartMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServiceServer).StartMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: HostService_StartMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServiceServer).StartMachine(ctx, req.(*StartMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _HostService_ListPoints_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListPointsRequest)
 	if err := dec(in); err != nil {
@@ -406,6 +602,26 @@ var HostService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SettlePoint",
 			Handler:    _HostService_SettlePoint_Handler,
+		},
+		{
+			MethodName: "BeginPass",
+			Handler:    _HostService_BeginPass_Handler,
+		},
+		{
+			MethodName: "SettlePass",
+			Handler:    _HostService_SettlePass_Handler,
+		},
+		{
+			MethodName: "StopMachine",
+			Handler:    _HostService_StopMachine_Handler,
+		},
+		{
+			MethodName: "ReleaseMachine",
+			Handler:    _HostService_ReleaseMachine_Handler,
+		},
+		{
+			MethodName: "StartMachine",
+			Handler:    _HostService_StartMachine_Handler,
 		},
 		{
 			MethodName: "ListPoints",

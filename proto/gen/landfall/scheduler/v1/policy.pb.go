@@ -42,9 +42,12 @@ type Policy struct {
 	// How many uploaders may work on one VM at once; 0 means 4.
 	ParallelUploads int32 `protobuf:"varint,6,opt,name=parallel_uploads,json=parallelUploads,proto3" json:"parallel_uploads,omitempty"`
 	// Grows with every change.
-	Revision      uint64 `protobuf:"varint,7,opt,name=revision,proto3" json:"revision,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Revision uint64 `protobuf:"varint,7,opt,name=revision,proto3" json:"revision,omitempty"`
+	// How often a point is application-consistent: the first cycle after this time freezes the guest. Absent means never;
+	// 1 minute to 12 hours (Site Recovery offers 1 to 12 hours).
+	AppConsistentInterval *durationpb.Duration `protobuf:"bytes,8,opt,name=app_consistent_interval,json=appConsistentInterval,proto3" json:"app_consistent_interval,omitempty"`
+	unknownFields         protoimpl.UnknownFields
+	sizeCache             protoimpl.SizeCache
 }
 
 func (x *Policy) Reset() {
@@ -124,6 +127,13 @@ func (x *Policy) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+func (x *Policy) GetAppConsistentInterval() *durationpb.Duration {
+	if x != nil {
+		return x.AppConsistentInterval
+	}
+	return nil
 }
 
 // ApplyPolicyRequest has the whole policy.
@@ -516,7 +526,7 @@ var File_landfall_scheduler_v1_policy_proto protoreflect.FileDescriptor
 
 const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\n" +
-	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\xe6\x03\n" +
+	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\xcb\x04\n" +
 	"\x06Policy\x12=\n" +
 	"\x04name\x18\x01 \x01(\tB)\xbaH&r$2\"^policies/[a-z0-9][a-z0-9-]{0,39}$R\x04name\x12R\n" +
 	"\rcopy_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xc8\x01\x01\xaa\x01\t\"\x03\b\x84\a2\x02\b\x01R\fcopyInterval\x12A\n" +
@@ -524,7 +534,9 @@ const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\x1einitial_replication_start_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x1binitialReplicationStartTime\x12S\n" +
 	"\x13rpo_alert_threshold\x18\x05 \x01(\v2\x19.google.protobuf.DurationB\b\xbaH\x05\xaa\x01\x022\x00R\x11rpoAlertThreshold\x124\n" +
 	"\x10parallel_uploads\x18\x06 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x00R\x0fparallelUploads\x12\x1a\n" +
-	"\brevision\x18\a \x01(\x04R\brevision\"x\n" +
+	"\brevision\x18\a \x01(\x04R\brevision\x12c\n" +
+	"\x17app_consistent_interval\x18\b \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
+	"\"\x04\b\xc0\xd1\x022\x02\b<R\x15appConsistentInterval\"x\n" +
 	"\x12ApplyPolicyRequest\x12=\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1d.landfall.scheduler.v1.PolicyB\x06\xbaH\x03\xc8\x01\x01R\x06policy\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\"L\n" +
@@ -582,23 +594,24 @@ var file_landfall_scheduler_v1_policy_proto_depIdxs = []int32{
 	9,  // 1: landfall.scheduler.v1.Policy.retention:type_name -> google.protobuf.Duration
 	10, // 2: landfall.scheduler.v1.Policy.initial_replication_start_time:type_name -> google.protobuf.Timestamp
 	9,  // 3: landfall.scheduler.v1.Policy.rpo_alert_threshold:type_name -> google.protobuf.Duration
-	0,  // 4: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 5: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 6: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 7: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
-	1,  // 8: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
-	3,  // 9: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
-	5,  // 10: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
-	7,  // 11: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
-	2,  // 12: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
-	4,  // 13: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
-	6,  // 14: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
-	8,  // 15: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	9,  // 4: landfall.scheduler.v1.Policy.app_consistent_interval:type_name -> google.protobuf.Duration
+	0,  // 5: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 6: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 7: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 8: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
+	1,  // 9: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
+	3,  // 10: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
+	5,  // 11: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
+	7,  // 12: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
+	2,  // 13: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
+	4,  // 14: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
+	6,  // 15: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
+	8,  // 16: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
+	13, // [13:17] is the sub-list for method output_type
+	9,  // [9:13] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_policy_proto_init() }

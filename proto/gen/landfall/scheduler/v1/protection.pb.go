@@ -148,6 +148,75 @@ func (PassPhase) EnumDescriptor() ([]byte, []int) {
 	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{1}
 }
 
+// FailoverStage is how far the source's side of a failover is.
+type FailoverStage int32
+
+const (
+	// Nothing yet.
+	FailoverStage_FAILOVER_STAGE_UNSPECIFIED FailoverStage = 0
+	// The scheduler refuses it; see error. The orchestrator fails the failover.
+	FailoverStage_FAILOVER_STAGE_REFUSED FailoverStage = 1
+	// The cycle or pass in hand is brought to its end or given up.
+	FailoverStage_FAILOVER_STAGE_QUIESCING FailoverStage = 2
+	// The source is asked to power down.
+	FailoverStage_FAILOVER_STAGE_STOPPING_SOURCE FailoverStage = 3
+	// The last point is cut and sent.
+	FailoverStage_FAILOVER_STAGE_SENDING_LAST_POINT FailoverStage = 4
+	// The last point is in the chain and the source is off: the lineage may be closed.
+	FailoverStage_FAILOVER_STAGE_READY_TO_CLOSE FailoverStage = 5
+	// The lineage is closed. For an unplanned failover this is the first stage.
+	FailoverStage_FAILOVER_STAGE_CLOSED FailoverStage = 6
+)
+
+// Enum value maps for FailoverStage.
+var (
+	FailoverStage_name = map[int32]string{
+		0: "FAILOVER_STAGE_UNSPECIFIED",
+		1: "FAILOVER_STAGE_REFUSED",
+		2: "FAILOVER_STAGE_QUIESCING",
+		3: "FAILOVER_STAGE_STOPPING_SOURCE",
+		4: "FAILOVER_STAGE_SENDING_LAST_POINT",
+		5: "FAILOVER_STAGE_READY_TO_CLOSE",
+		6: "FAILOVER_STAGE_CLOSED",
+	}
+	FailoverStage_value = map[string]int32{
+		"FAILOVER_STAGE_UNSPECIFIED":        0,
+		"FAILOVER_STAGE_REFUSED":            1,
+		"FAILOVER_STAGE_QUIESCING":          2,
+		"FAILOVER_STAGE_STOPPING_SOURCE":    3,
+		"FAILOVER_STAGE_SENDING_LAST_POINT": 4,
+		"FAILOVER_STAGE_READY_TO_CLOSE":     5,
+		"FAILOVER_STAGE_CLOSED":             6,
+	}
+)
+
+func (x FailoverStage) Enum() *FailoverStage {
+	p := new(FailoverStage)
+	*p = x
+	return p
+}
+
+func (x FailoverStage) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (FailoverStage) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_scheduler_v1_protection_proto_enumTypes[2].Descriptor()
+}
+
+func (FailoverStage) Type() protoreflect.EnumType {
+	return &file_landfall_scheduler_v1_protection_proto_enumTypes[2]
+}
+
+func (x FailoverStage) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use FailoverStage.Descriptor instead.
+func (FailoverStage) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{2}
+}
+
 // Cycle is one cut and its point.
 type Cycle struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -730,9 +799,15 @@ type ProtectedVm struct {
 	// State to return to after a pause.
 	PausedFrom v1.ProtectionState `protobuf:"varint,30,opt,name=paused_from,json=pausedFrom,proto3,enum=landfall.types.v1.ProtectionState" json:"paused_from,omitempty"`
 	// Whether protection is being ended without waiting for a host that does not answer.
-	ForceDisable  bool `protobuf:"varint,31,opt,name=force_disable,json=forceDisable,proto3" json:"force_disable,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ForceDisable bool `protobuf:"varint,31,opt,name=force_disable,json=forceDisable,proto3" json:"force_disable,omitempty"`
+	// The planned or unplanned failover that the record follows; absent when there is none.
+	Failover *FailoverProgress `protobuf:"bytes,32,opt,name=failover,proto3" json:"failover,omitempty"`
+	// Cut time of the newest application-consistent point; absent when there is none.
+	LastAppPointTime *timestamppb.Timestamp `protobuf:"bytes,33,opt,name=last_app_point_time,json=lastAppPointTime,proto3" json:"last_app_point_time,omitempty"`
+	// Why the last application-consistent cut was only crash-consistent; absent when it was what was asked for.
+	AppConsistencyError *v1.ErrorDetail `protobuf:"bytes,34,opt,name=app_consistency_error,json=appConsistencyError,proto3" json:"app_consistency_error,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *ProtectedVm) Reset() {
@@ -982,6 +1057,128 @@ func (x *ProtectedVm) GetForceDisable() bool {
 	return false
 }
 
+func (x *ProtectedVm) GetFailover() *FailoverProgress {
+	if x != nil {
+		return x.Failover
+	}
+	return nil
+}
+
+func (x *ProtectedVm) GetLastAppPointTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastAppPointTime
+	}
+	return nil
+}
+
+func (x *ProtectedVm) GetAppConsistencyError() *v1.ErrorDetail {
+	if x != nil {
+		return x.AppConsistencyError
+	}
+	return nil
+}
+
+// FailoverProgress is the source's side of a planned or unplanned failover, written by the scheduler and read by the
+// failover-orchestrator, which never calls a host.
+type FailoverProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// failovers/{failover}.
+	Failover string `protobuf:"bytes,1,opt,name=failover,proto3" json:"failover,omitempty"`
+	// How far.
+	Stage FailoverStage `protobuf:"varint,2,opt,name=stage,proto3,enum=landfall.scheduler.v1.FailoverStage" json:"stage,omitempty"`
+	// The last point of a planned failover; 0 before it is in the chain.
+	FinalPoint uint64 `protobuf:"varint,3,opt,name=final_point,json=finalPoint,proto3" json:"final_point,omitempty"`
+	// Whether the host has said that the source is fenced and off.
+	SourceFenced bool `protobuf:"varint,4,opt,name=source_fenced,json=sourceFenced,proto3" json:"source_fenced,omitempty"`
+	// Why it was refused or does not go on.
+	Error *v1.ErrorDetail `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	// State before the failover, for a cancellation that came before the close.
+	From v1.ProtectionState `protobuf:"varint,6,opt,name=from,proto3,enum=landfall.types.v1.ProtectionState" json:"from,omitempty"`
+	// When the source was first asked to stop.
+	StopTime      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=stop_time,json=stopTime,proto3" json:"stop_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FailoverProgress) Reset() {
+	*x = FailoverProgress{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FailoverProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FailoverProgress) ProtoMessage() {}
+
+func (x *FailoverProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FailoverProgress.ProtoReflect.Descriptor instead.
+func (*FailoverProgress) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *FailoverProgress) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+func (x *FailoverProgress) GetStage() FailoverStage {
+	if x != nil {
+		return x.Stage
+	}
+	return FailoverStage_FAILOVER_STAGE_UNSPECIFIED
+}
+
+func (x *FailoverProgress) GetFinalPoint() uint64 {
+	if x != nil {
+		return x.FinalPoint
+	}
+	return 0
+}
+
+func (x *FailoverProgress) GetSourceFenced() bool {
+	if x != nil {
+		return x.SourceFenced
+	}
+	return false
+}
+
+func (x *FailoverProgress) GetError() *v1.ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *FailoverProgress) GetFrom() v1.ProtectionState {
+	if x != nil {
+		return x.From
+	}
+	return v1.ProtectionState(0)
+}
+
+func (x *FailoverProgress) GetStopTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StopTime
+	}
+	return nil
+}
+
 // VmSummary is a machine with its protection.
 type VmSummary struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -995,7 +1192,7 @@ type VmSummary struct {
 
 func (x *VmSummary) Reset() {
 	*x = VmSummary{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1204,7 @@ func (x *VmSummary) String() string {
 func (*VmSummary) ProtoMessage() {}
 
 func (x *VmSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1217,7 @@ func (x *VmSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VmSummary.ProtoReflect.Descriptor instead.
 func (*VmSummary) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{6}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *VmSummary) GetMachine() *v1.Machine {
@@ -1046,7 +1243,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1255,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1268,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{7}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{8}
 }
 
 // ListHostsResponse has all hosts.
@@ -1085,7 +1282,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1294,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1307,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{8}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListHostsResponse) GetHosts() []*v11.Host {
@@ -1129,7 +1326,7 @@ type ListVmsRequest struct {
 
 func (x *ListVmsRequest) Reset() {
 	*x = ListVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1338,7 @@ func (x *ListVmsRequest) String() string {
 func (*ListVmsRequest) ProtoMessage() {}
 
 func (x *ListVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1351,7 @@ func (x *ListVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVmsRequest.ProtoReflect.Descriptor instead.
 func (*ListVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{9}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{10}
 }
 
 // ListVmsResponse has all machines.
@@ -1172,7 +1369,7 @@ type ListVmsResponse struct {
 
 func (x *ListVmsResponse) Reset() {
 	*x = ListVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +1381,7 @@ func (x *ListVmsResponse) String() string {
 func (*ListVmsResponse) ProtoMessage() {}
 
 func (x *ListVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +1394,7 @@ func (x *ListVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVmsResponse.ProtoReflect.Descriptor instead.
 func (*ListVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{10}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListVmsResponse) GetVms() []*VmSummary {
@@ -1238,7 +1435,7 @@ type EnableProtectionRequest struct {
 
 func (x *EnableProtectionRequest) Reset() {
 	*x = EnableProtectionRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1447,7 @@ func (x *EnableProtectionRequest) String() string {
 func (*EnableProtectionRequest) ProtoMessage() {}
 
 func (x *EnableProtectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1460,7 @@ func (x *EnableProtectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnableProtectionRequest.ProtoReflect.Descriptor instead.
 func (*EnableProtectionRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{11}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EnableProtectionRequest) GetVm() string {
@@ -1307,7 +1504,7 @@ type EnableProtectionResponse struct {
 
 func (x *EnableProtectionResponse) Reset() {
 	*x = EnableProtectionResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1516,7 @@ func (x *EnableProtectionResponse) String() string {
 func (*EnableProtectionResponse) ProtoMessage() {}
 
 func (x *EnableProtectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1529,7 @@ func (x *EnableProtectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnableProtectionResponse.ProtoReflect.Descriptor instead.
 func (*EnableProtectionResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{12}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *EnableProtectionResponse) GetJob() *v1.Job {
@@ -1364,7 +1561,7 @@ type DisableProtectionRequest struct {
 
 func (x *DisableProtectionRequest) Reset() {
 	*x = DisableProtectionRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1573,7 @@ func (x *DisableProtectionRequest) String() string {
 func (*DisableProtectionRequest) ProtoMessage() {}
 
 func (x *DisableProtectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1586,7 @@ func (x *DisableProtectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableProtectionRequest.ProtoReflect.Descriptor instead.
 func (*DisableProtectionRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{13}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DisableProtectionRequest) GetVm() string {
@@ -1424,7 +1621,7 @@ type DisableProtectionResponse struct {
 
 func (x *DisableProtectionResponse) Reset() {
 	*x = DisableProtectionResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1633,7 @@ func (x *DisableProtectionResponse) String() string {
 func (*DisableProtectionResponse) ProtoMessage() {}
 
 func (x *DisableProtectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1646,7 @@ func (x *DisableProtectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableProtectionResponse.ProtoReflect.Descriptor instead.
 func (*DisableProtectionResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{14}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DisableProtectionResponse) GetJob() *v1.Job {
@@ -1470,7 +1667,7 @@ type PauseReplicationRequest struct {
 
 func (x *PauseReplicationRequest) Reset() {
 	*x = PauseReplicationRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1679,7 @@ func (x *PauseReplicationRequest) String() string {
 func (*PauseReplicationRequest) ProtoMessage() {}
 
 func (x *PauseReplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1692,7 @@ func (x *PauseReplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseReplicationRequest.ProtoReflect.Descriptor instead.
 func (*PauseReplicationRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{15}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PauseReplicationRequest) GetVm() string {
@@ -1516,7 +1713,7 @@ type PauseReplicationResponse struct {
 
 func (x *PauseReplicationResponse) Reset() {
 	*x = PauseReplicationResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1725,7 @@ func (x *PauseReplicationResponse) String() string {
 func (*PauseReplicationResponse) ProtoMessage() {}
 
 func (x *PauseReplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1738,7 @@ func (x *PauseReplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseReplicationResponse.ProtoReflect.Descriptor instead.
 func (*PauseReplicationResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{16}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PauseReplicationResponse) GetVm() *ProtectedVm {
@@ -1562,7 +1759,7 @@ type ResumeReplicationRequest struct {
 
 func (x *ResumeReplicationRequest) Reset() {
 	*x = ResumeReplicationRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1574,7 +1771,7 @@ func (x *ResumeReplicationRequest) String() string {
 func (*ResumeReplicationRequest) ProtoMessage() {}
 
 func (x *ResumeReplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1587,7 +1784,7 @@ func (x *ResumeReplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeReplicationRequest.ProtoReflect.Descriptor instead.
 func (*ResumeReplicationRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{17}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ResumeReplicationRequest) GetVm() string {
@@ -1608,7 +1805,7 @@ type ResumeReplicationResponse struct {
 
 func (x *ResumeReplicationResponse) Reset() {
 	*x = ResumeReplicationResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1620,7 +1817,7 @@ func (x *ResumeReplicationResponse) String() string {
 func (*ResumeReplicationResponse) ProtoMessage() {}
 
 func (x *ResumeReplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1633,7 +1830,7 @@ func (x *ResumeReplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeReplicationResponse.ProtoReflect.Descriptor instead.
 func (*ResumeReplicationResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{18}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResumeReplicationResponse) GetVm() *ProtectedVm {
@@ -1656,7 +1853,7 @@ type ResynchronizeRequest struct {
 
 func (x *ResynchronizeRequest) Reset() {
 	*x = ResynchronizeRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1865,7 @@ func (x *ResynchronizeRequest) String() string {
 func (*ResynchronizeRequest) ProtoMessage() {}
 
 func (x *ResynchronizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1878,7 @@ func (x *ResynchronizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResynchronizeRequest.ProtoReflect.Descriptor instead.
 func (*ResynchronizeRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{19}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResynchronizeRequest) GetVm() string {
@@ -1709,7 +1906,7 @@ type ResynchronizeResponse struct {
 
 func (x *ResynchronizeResponse) Reset() {
 	*x = ResynchronizeResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1918,7 @@ func (x *ResynchronizeResponse) String() string {
 func (*ResynchronizeResponse) ProtoMessage() {}
 
 func (x *ResynchronizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1931,7 @@ func (x *ResynchronizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResynchronizeResponse.ProtoReflect.Descriptor instead.
 func (*ResynchronizeResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{20}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ResynchronizeResponse) GetJob() *v1.Job {
@@ -1755,7 +1952,7 @@ type GetProtectedVmRequest struct {
 
 func (x *GetProtectedVmRequest) Reset() {
 	*x = GetProtectedVmRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1767,7 +1964,7 @@ func (x *GetProtectedVmRequest) String() string {
 func (*GetProtectedVmRequest) ProtoMessage() {}
 
 func (x *GetProtectedVmRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1780,7 +1977,7 @@ func (x *GetProtectedVmRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProtectedVmRequest.ProtoReflect.Descriptor instead.
 func (*GetProtectedVmRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{21}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetProtectedVmRequest) GetVm() string {
@@ -1801,7 +1998,7 @@ type GetProtectedVmResponse struct {
 
 func (x *GetProtectedVmResponse) Reset() {
 	*x = GetProtectedVmResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +2010,7 @@ func (x *GetProtectedVmResponse) String() string {
 func (*GetProtectedVmResponse) ProtoMessage() {}
 
 func (x *GetProtectedVmResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +2023,7 @@ func (x *GetProtectedVmResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProtectedVmResponse.ProtoReflect.Descriptor instead.
 func (*GetProtectedVmResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{22}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetProtectedVmResponse) GetVm() *ProtectedVm {
@@ -1849,7 +2046,7 @@ type ListProtectedVmsRequest struct {
 
 func (x *ListProtectedVmsRequest) Reset() {
 	*x = ListProtectedVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +2058,7 @@ func (x *ListProtectedVmsRequest) String() string {
 func (*ListProtectedVmsRequest) ProtoMessage() {}
 
 func (x *ListProtectedVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +2071,7 @@ func (x *ListProtectedVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectedVmsRequest.ProtoReflect.Descriptor instead.
 func (*ListProtectedVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{23}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListProtectedVmsRequest) GetPageSize() int32 {
@@ -1904,7 +2101,7 @@ type ListProtectedVmsResponse struct {
 
 func (x *ListProtectedVmsResponse) Reset() {
 	*x = ListProtectedVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1916,7 +2113,7 @@ func (x *ListProtectedVmsResponse) String() string {
 func (*ListProtectedVmsResponse) ProtoMessage() {}
 
 func (x *ListProtectedVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1929,7 +2126,7 @@ func (x *ListProtectedVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectedVmsResponse.ProtoReflect.Descriptor instead.
 func (*ListProtectedVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{24}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListProtectedVmsResponse) GetVms() []*ProtectedVm {
@@ -1957,7 +2154,7 @@ type WatchProtectedVmsRequest struct {
 
 func (x *WatchProtectedVmsRequest) Reset() {
 	*x = WatchProtectedVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1969,7 +2166,7 @@ func (x *WatchProtectedVmsRequest) String() string {
 func (*WatchProtectedVmsRequest) ProtoMessage() {}
 
 func (x *WatchProtectedVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1982,7 +2179,7 @@ func (x *WatchProtectedVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProtectedVmsRequest.ProtoReflect.Descriptor instead.
 func (*WatchProtectedVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{25}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WatchProtectedVmsRequest) GetVm() string {
@@ -2005,7 +2202,7 @@ type WatchProtectedVmsResponse struct {
 
 func (x *WatchProtectedVmsResponse) Reset() {
 	*x = WatchProtectedVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2017,7 +2214,7 @@ func (x *WatchProtectedVmsResponse) String() string {
 func (*WatchProtectedVmsResponse) ProtoMessage() {}
 
 func (x *WatchProtectedVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2030,7 +2227,7 @@ func (x *WatchProtectedVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProtectedVmsResponse.ProtoReflect.Descriptor instead.
 func (*WatchProtectedVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{26}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchProtectedVmsResponse) GetVm() *ProtectedVm {
@@ -2074,7 +2271,7 @@ type RecoveryPoint struct {
 
 func (x *RecoveryPoint) Reset() {
 	*x = RecoveryPoint{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2283,7 @@ func (x *RecoveryPoint) String() string {
 func (*RecoveryPoint) ProtoMessage() {}
 
 func (x *RecoveryPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2296,7 @@ func (x *RecoveryPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoveryPoint.ProtoReflect.Descriptor instead.
 func (*RecoveryPoint) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{27}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RecoveryPoint) GetName() string {
@@ -2180,7 +2377,7 @@ type ListRecoveryPointsRequest struct {
 
 func (x *ListRecoveryPointsRequest) Reset() {
 	*x = ListRecoveryPointsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2192,7 +2389,7 @@ func (x *ListRecoveryPointsRequest) String() string {
 func (*ListRecoveryPointsRequest) ProtoMessage() {}
 
 func (x *ListRecoveryPointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2205,7 +2402,7 @@ func (x *ListRecoveryPointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRecoveryPointsRequest.ProtoReflect.Descriptor instead.
 func (*ListRecoveryPointsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{28}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListRecoveryPointsRequest) GetVm() string {
@@ -2242,7 +2439,7 @@ type ListRecoveryPointsResponse struct {
 
 func (x *ListRecoveryPointsResponse) Reset() {
 	*x = ListRecoveryPointsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2254,7 +2451,7 @@ func (x *ListRecoveryPointsResponse) String() string {
 func (*ListRecoveryPointsResponse) ProtoMessage() {}
 
 func (x *ListRecoveryPointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2267,7 +2464,7 @@ func (x *ListRecoveryPointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRecoveryPointsResponse.ProtoReflect.Descriptor instead.
 func (*ListRecoveryPointsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{29}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListRecoveryPointsResponse) GetPoints() []*RecoveryPoint {
@@ -2337,7 +2534,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vfull_passes\x18\x06 \x01(\x03R\n" +
 	"fullPasses\x12!\n" +
 	"\fdirty_passes\x18\a \x01(\x03R\vdirtyPasses\x12%\n" +
-	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\x9b\v\n" +
+	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xff\f\n" +
 	"\vProtectedVm\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12\x12\n" +
@@ -2376,7 +2573,19 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x0fresynchronizing\x18\x1d \x01(\bR\x0fresynchronizing\x12C\n" +
 	"\vpaused_from\x18\x1e \x01(\x0e2\".landfall.types.v1.ProtectionStateR\n" +
 	"pausedFrom\x12#\n" +
-	"\rforce_disable\x18\x1f \x01(\bR\fforceDisable\"{\n" +
+	"\rforce_disable\x18\x1f \x01(\bR\fforceDisable\x12C\n" +
+	"\bfailover\x18  \x01(\v2'.landfall.scheduler.v1.FailoverProgressR\bfailover\x12I\n" +
+	"\x13last_app_point_time\x18! \x01(\v2\x1a.google.protobuf.TimestampR\x10lastAppPointTime\x12R\n" +
+	"\x15app_consistency_error\x18\" \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x13appConsistencyError\"\xd7\x02\n" +
+	"\x10FailoverProgress\x12\x1a\n" +
+	"\bfailover\x18\x01 \x01(\tR\bfailover\x12:\n" +
+	"\x05stage\x18\x02 \x01(\x0e2$.landfall.scheduler.v1.FailoverStageR\x05stage\x12\x1f\n" +
+	"\vfinal_point\x18\x03 \x01(\x04R\n" +
+	"finalPoint\x12#\n" +
+	"\rsource_fenced\x18\x04 \x01(\bR\fsourceFenced\x124\n" +
+	"\x05error\x18\x05 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\x126\n" +
+	"\x04from\x18\x06 \x01(\x0e2\".landfall.types.v1.ProtectionStateR\x04from\x127\n" +
+	"\tstop_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\bstopTime\"{\n" +
 	"\tVmSummary\x124\n" +
 	"\amachine\x18\x01 \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\x128\n" +
 	"\x05state\x18\x02 \x01(\x0e2\".landfall.types.v1.ProtectionStateR\x05state\"\x12\n" +
@@ -2464,7 +2673,15 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x14PASS_PHASE_BEGINNING\x10\x01\x12\x17\n" +
 	"\x13PASS_PHASE_SHIPPING\x10\x02\x12\x19\n" +
 	"\x15PASS_PHASE_COMMITTING\x10\x03\x12\x19\n" +
-	"\x15PASS_PHASE_ABANDONING\x10\x042\xe5\v\n" +
+	"\x15PASS_PHASE_ABANDONING\x10\x04*\xf2\x01\n" +
+	"\rFailoverStage\x12\x1e\n" +
+	"\x1aFAILOVER_STAGE_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16FAILOVER_STAGE_REFUSED\x10\x01\x12\x1c\n" +
+	"\x18FAILOVER_STAGE_QUIESCING\x10\x02\x12\"\n" +
+	"\x1eFAILOVER_STAGE_STOPPING_SOURCE\x10\x03\x12%\n" +
+	"!FAILOVER_STAGE_SENDING_LAST_POINT\x10\x04\x12!\n" +
+	"\x1dFAILOVER_STAGE_READY_TO_CLOSE\x10\x05\x12\x19\n" +
+	"\x15FAILOVER_STAGE_CLOSED\x10\x062\xe5\v\n" +
 	"\x11ProtectionService\x12\x80\x01\n" +
 	"\tListHosts\x12'.landfall.scheduler.v1.ListHostsRequest\x1a(.landfall.scheduler.v1.ListHostsResponse\" \xaa\xbb\x18\x19\n" +
 	"\x15failover-orchestrator\x10\x01\x90\x02\x01\x12z\n" +
@@ -2497,133 +2714,142 @@ func file_landfall_scheduler_v1_protection_proto_rawDescGZIP() []byte {
 	return file_landfall_scheduler_v1_protection_proto_rawDescData
 }
 
-var file_landfall_scheduler_v1_protection_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_landfall_scheduler_v1_protection_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_landfall_scheduler_v1_protection_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_landfall_scheduler_v1_protection_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_landfall_scheduler_v1_protection_proto_goTypes = []any{
 	(CyclePhase)(0),                    // 0: landfall.scheduler.v1.CyclePhase
 	(PassPhase)(0),                     // 1: landfall.scheduler.v1.PassPhase
-	(*Cycle)(nil),                      // 2: landfall.scheduler.v1.Cycle
-	(*Pass)(nil),                       // 3: landfall.scheduler.v1.Pass
-	(*PassWindow)(nil),                 // 4: landfall.scheduler.v1.PassWindow
-	(*Retry)(nil),                      // 5: landfall.scheduler.v1.Retry
-	(*ReplicationCounters)(nil),        // 6: landfall.scheduler.v1.ReplicationCounters
-	(*ProtectedVm)(nil),                // 7: landfall.scheduler.v1.ProtectedVm
-	(*VmSummary)(nil),                  // 8: landfall.scheduler.v1.VmSummary
-	(*ListHostsRequest)(nil),           // 9: landfall.scheduler.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),          // 10: landfall.scheduler.v1.ListHostsResponse
-	(*ListVmsRequest)(nil),             // 11: landfall.scheduler.v1.ListVmsRequest
-	(*ListVmsResponse)(nil),            // 12: landfall.scheduler.v1.ListVmsResponse
-	(*EnableProtectionRequest)(nil),    // 13: landfall.scheduler.v1.EnableProtectionRequest
-	(*EnableProtectionResponse)(nil),   // 14: landfall.scheduler.v1.EnableProtectionResponse
-	(*DisableProtectionRequest)(nil),   // 15: landfall.scheduler.v1.DisableProtectionRequest
-	(*DisableProtectionResponse)(nil),  // 16: landfall.scheduler.v1.DisableProtectionResponse
-	(*PauseReplicationRequest)(nil),    // 17: landfall.scheduler.v1.PauseReplicationRequest
-	(*PauseReplicationResponse)(nil),   // 18: landfall.scheduler.v1.PauseReplicationResponse
-	(*ResumeReplicationRequest)(nil),   // 19: landfall.scheduler.v1.ResumeReplicationRequest
-	(*ResumeReplicationResponse)(nil),  // 20: landfall.scheduler.v1.ResumeReplicationResponse
-	(*ResynchronizeRequest)(nil),       // 21: landfall.scheduler.v1.ResynchronizeRequest
-	(*ResynchronizeResponse)(nil),      // 22: landfall.scheduler.v1.ResynchronizeResponse
-	(*GetProtectedVmRequest)(nil),      // 23: landfall.scheduler.v1.GetProtectedVmRequest
-	(*GetProtectedVmResponse)(nil),     // 24: landfall.scheduler.v1.GetProtectedVmResponse
-	(*ListProtectedVmsRequest)(nil),    // 25: landfall.scheduler.v1.ListProtectedVmsRequest
-	(*ListProtectedVmsResponse)(nil),   // 26: landfall.scheduler.v1.ListProtectedVmsResponse
-	(*WatchProtectedVmsRequest)(nil),   // 27: landfall.scheduler.v1.WatchProtectedVmsRequest
-	(*WatchProtectedVmsResponse)(nil),  // 28: landfall.scheduler.v1.WatchProtectedVmsResponse
-	(*RecoveryPoint)(nil),              // 29: landfall.scheduler.v1.RecoveryPoint
-	(*ListRecoveryPointsRequest)(nil),  // 30: landfall.scheduler.v1.ListRecoveryPointsRequest
-	(*ListRecoveryPointsResponse)(nil), // 31: landfall.scheduler.v1.ListRecoveryPointsResponse
-	(v1.PointKind)(0),                  // 32: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil),      // 33: google.protobuf.Timestamp
-	(v1.Consistency)(0),                // 34: landfall.types.v1.Consistency
-	(v1.PassScope)(0),                  // 35: landfall.types.v1.PassScope
-	(*v1.ByteRange)(nil),               // 36: landfall.types.v1.ByteRange
-	(*v1.ErrorDetail)(nil),             // 37: landfall.types.v1.ErrorDetail
-	(v1.ProtectionState)(0),            // 38: landfall.types.v1.ProtectionState
-	(v1.Health)(0),                     // 39: landfall.types.v1.Health
-	(v1.ActiveLocation)(0),             // 40: landfall.types.v1.ActiveLocation
-	(v1.ResyncReason)(0),               // 41: landfall.types.v1.ResyncReason
-	(*v1.Machine)(nil),                 // 42: landfall.types.v1.Machine
-	(*durationpb.Duration)(nil),        // 43: google.protobuf.Duration
-	(*v11.Host)(nil),                   // 44: landfall.hostprovider.v1.Host
-	(*v11.Finding)(nil),                // 45: landfall.hostprovider.v1.Finding
-	(*v1.Job)(nil),                     // 46: landfall.types.v1.Job
+	(FailoverStage)(0),                 // 2: landfall.scheduler.v1.FailoverStage
+	(*Cycle)(nil),                      // 3: landfall.scheduler.v1.Cycle
+	(*Pass)(nil),                       // 4: landfall.scheduler.v1.Pass
+	(*PassWindow)(nil),                 // 5: landfall.scheduler.v1.PassWindow
+	(*Retry)(nil),                      // 6: landfall.scheduler.v1.Retry
+	(*ReplicationCounters)(nil),        // 7: landfall.scheduler.v1.ReplicationCounters
+	(*ProtectedVm)(nil),                // 8: landfall.scheduler.v1.ProtectedVm
+	(*FailoverProgress)(nil),           // 9: landfall.scheduler.v1.FailoverProgress
+	(*VmSummary)(nil),                  // 10: landfall.scheduler.v1.VmSummary
+	(*ListHostsRequest)(nil),           // 11: landfall.scheduler.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),          // 12: landfall.scheduler.v1.ListHostsResponse
+	(*ListVmsRequest)(nil),             // 13: landfall.scheduler.v1.ListVmsRequest
+	(*ListVmsResponse)(nil),            // 14: landfall.scheduler.v1.ListVmsResponse
+	(*EnableProtectionRequest)(nil),    // 15: landfall.scheduler.v1.EnableProtectionRequest
+	(*EnableProtectionResponse)(nil),   // 16: landfall.scheduler.v1.EnableProtectionResponse
+	(*DisableProtectionRequest)(nil),   // 17: landfall.scheduler.v1.DisableProtectionRequest
+	(*DisableProtectionResponse)(nil),  // 18: landfall.scheduler.v1.DisableProtectionResponse
+	(*PauseReplicationRequest)(nil),    // 19: landfall.scheduler.v1.PauseReplicationRequest
+	(*PauseReplicationResponse)(nil),   // 20: landfall.scheduler.v1.PauseReplicationResponse
+	(*ResumeReplicationRequest)(nil),   // 21: landfall.scheduler.v1.ResumeReplicationRequest
+	(*ResumeReplicationResponse)(nil),  // 22: landfall.scheduler.v1.ResumeReplicationResponse
+	(*ResynchronizeRequest)(nil),       // 23: landfall.scheduler.v1.ResynchronizeRequest
+	(*ResynchronizeResponse)(nil),      // 24: landfall.scheduler.v1.ResynchronizeResponse
+	(*GetProtectedVmRequest)(nil),      // 25: landfall.scheduler.v1.GetProtectedVmRequest
+	(*GetProtectedVmResponse)(nil),     // 26: landfall.scheduler.v1.GetProtectedVmResponse
+	(*ListProtectedVmsRequest)(nil),    // 27: landfall.scheduler.v1.ListProtectedVmsRequest
+	(*ListProtectedVmsResponse)(nil),   // 28: landfall.scheduler.v1.ListProtectedVmsResponse
+	(*WatchProtectedVmsRequest)(nil),   // 29: landfall.scheduler.v1.WatchProtectedVmsRequest
+	(*WatchProtectedVmsResponse)(nil),  // 30: landfall.scheduler.v1.WatchProtectedVmsResponse
+	(*RecoveryPoint)(nil),              // 31: landfall.scheduler.v1.RecoveryPoint
+	(*ListRecoveryPointsRequest)(nil),  // 32: landfall.scheduler.v1.ListRecoveryPointsRequest
+	(*ListRecoveryPointsResponse)(nil), // 33: landfall.scheduler.v1.ListRecoveryPointsResponse
+	(v1.PointKind)(0),                  // 34: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil),      // 35: google.protobuf.Timestamp
+	(v1.Consistency)(0),                // 36: landfall.types.v1.Consistency
+	(v1.PassScope)(0),                  // 37: landfall.types.v1.PassScope
+	(*v1.ByteRange)(nil),               // 38: landfall.types.v1.ByteRange
+	(*v1.ErrorDetail)(nil),             // 39: landfall.types.v1.ErrorDetail
+	(v1.ProtectionState)(0),            // 40: landfall.types.v1.ProtectionState
+	(v1.Health)(0),                     // 41: landfall.types.v1.Health
+	(v1.ActiveLocation)(0),             // 42: landfall.types.v1.ActiveLocation
+	(v1.ResyncReason)(0),               // 43: landfall.types.v1.ResyncReason
+	(*v1.Machine)(nil),                 // 44: landfall.types.v1.Machine
+	(*durationpb.Duration)(nil),        // 45: google.protobuf.Duration
+	(*v11.Host)(nil),                   // 46: landfall.hostprovider.v1.Host
+	(*v11.Finding)(nil),                // 47: landfall.hostprovider.v1.Finding
+	(*v1.Job)(nil),                     // 48: landfall.types.v1.Job
 }
 var file_landfall_scheduler_v1_protection_proto_depIdxs = []int32{
 	0,  // 0: landfall.scheduler.v1.Cycle.phase:type_name -> landfall.scheduler.v1.CyclePhase
-	32, // 1: landfall.scheduler.v1.Cycle.kind:type_name -> landfall.types.v1.PointKind
-	33, // 2: landfall.scheduler.v1.Cycle.cut_time:type_name -> google.protobuf.Timestamp
-	34, // 3: landfall.scheduler.v1.Cycle.consistency:type_name -> landfall.types.v1.Consistency
-	33, // 4: landfall.scheduler.v1.Cycle.phase_time:type_name -> google.protobuf.Timestamp
+	34, // 1: landfall.scheduler.v1.Cycle.kind:type_name -> landfall.types.v1.PointKind
+	35, // 2: landfall.scheduler.v1.Cycle.cut_time:type_name -> google.protobuf.Timestamp
+	36, // 3: landfall.scheduler.v1.Cycle.consistency:type_name -> landfall.types.v1.Consistency
+	35, // 4: landfall.scheduler.v1.Cycle.phase_time:type_name -> google.protobuf.Timestamp
 	1,  // 5: landfall.scheduler.v1.Pass.phase:type_name -> landfall.scheduler.v1.PassPhase
-	35, // 6: landfall.scheduler.v1.Pass.scope:type_name -> landfall.types.v1.PassScope
-	4,  // 7: landfall.scheduler.v1.Pass.windows:type_name -> landfall.scheduler.v1.PassWindow
-	33, // 8: landfall.scheduler.v1.Pass.phase_time:type_name -> google.protobuf.Timestamp
-	36, // 9: landfall.scheduler.v1.PassWindow.window:type_name -> landfall.types.v1.ByteRange
-	33, // 10: landfall.scheduler.v1.PassWindow.publish_time:type_name -> google.protobuf.Timestamp
-	33, // 11: landfall.scheduler.v1.Retry.first_failure_time:type_name -> google.protobuf.Timestamp
-	33, // 12: landfall.scheduler.v1.Retry.next_time:type_name -> google.protobuf.Timestamp
-	37, // 13: landfall.scheduler.v1.Retry.error:type_name -> landfall.types.v1.ErrorDetail
-	38, // 14: landfall.scheduler.v1.ProtectedVm.state:type_name -> landfall.types.v1.ProtectionState
-	39, // 15: landfall.scheduler.v1.ProtectedVm.health:type_name -> landfall.types.v1.Health
-	37, // 16: landfall.scheduler.v1.ProtectedVm.health_reasons:type_name -> landfall.types.v1.ErrorDetail
-	40, // 17: landfall.scheduler.v1.ProtectedVm.active_location:type_name -> landfall.types.v1.ActiveLocation
-	2,  // 18: landfall.scheduler.v1.ProtectedVm.cycle:type_name -> landfall.scheduler.v1.Cycle
-	3,  // 19: landfall.scheduler.v1.ProtectedVm.pass:type_name -> landfall.scheduler.v1.Pass
-	5,  // 20: landfall.scheduler.v1.ProtectedVm.retry:type_name -> landfall.scheduler.v1.Retry
-	41, // 21: landfall.scheduler.v1.ProtectedVm.resync_reason:type_name -> landfall.types.v1.ResyncReason
-	42, // 22: landfall.scheduler.v1.ProtectedVm.machine:type_name -> landfall.types.v1.Machine
-	33, // 23: landfall.scheduler.v1.ProtectedVm.last_point_time:type_name -> google.protobuf.Timestamp
-	33, // 24: landfall.scheduler.v1.ProtectedVm.next_cycle_time:type_name -> google.protobuf.Timestamp
-	6,  // 25: landfall.scheduler.v1.ProtectedVm.counters:type_name -> landfall.scheduler.v1.ReplicationCounters
-	33, // 26: landfall.scheduler.v1.ProtectedVm.create_time:type_name -> google.protobuf.Timestamp
-	33, // 27: landfall.scheduler.v1.ProtectedVm.update_time:type_name -> google.protobuf.Timestamp
-	43, // 28: landfall.scheduler.v1.ProtectedVm.rpo:type_name -> google.protobuf.Duration
-	38, // 29: landfall.scheduler.v1.ProtectedVm.paused_from:type_name -> landfall.types.v1.ProtectionState
-	42, // 30: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
-	38, // 31: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
-	44, // 32: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
-	8,  // 33: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
-	45, // 34: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
-	46, // 35: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	45, // 36: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
-	46, // 37: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	7,  // 38: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	7,  // 39: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	46, // 40: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
-	7,  // 41: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	7,  // 42: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
-	7,  // 43: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	32, // 44: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
-	33, // 45: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
-	34, // 46: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
-	29, // 47: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
-	9,  // 48: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
-	11, // 49: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
-	13, // 50: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
-	15, // 51: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
-	17, // 52: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
-	19, // 53: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
-	21, // 54: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
-	23, // 55: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
-	25, // 56: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
-	27, // 57: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
-	30, // 58: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
-	10, // 59: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
-	12, // 60: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
-	14, // 61: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
-	16, // 62: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
-	18, // 63: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
-	20, // 64: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
-	22, // 65: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
-	24, // 66: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
-	26, // 67: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
-	28, // 68: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
-	31, // 69: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
-	59, // [59:70] is the sub-list for method output_type
-	48, // [48:59] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	37, // 6: landfall.scheduler.v1.Pass.scope:type_name -> landfall.types.v1.PassScope
+	5,  // 7: landfall.scheduler.v1.Pass.windows:type_name -> landfall.scheduler.v1.PassWindow
+	35, // 8: landfall.scheduler.v1.Pass.phase_time:type_name -> google.protobuf.Timestamp
+	38, // 9: landfall.scheduler.v1.PassWindow.window:type_name -> landfall.types.v1.ByteRange
+	35, // 10: landfall.scheduler.v1.PassWindow.publish_time:type_name -> google.protobuf.Timestamp
+	35, // 11: landfall.scheduler.v1.Retry.first_failure_time:type_name -> google.protobuf.Timestamp
+	35, // 12: landfall.scheduler.v1.Retry.next_time:type_name -> google.protobuf.Timestamp
+	39, // 13: landfall.scheduler.v1.Retry.error:type_name -> landfall.types.v1.ErrorDetail
+	40, // 14: landfall.scheduler.v1.ProtectedVm.state:type_name -> landfall.types.v1.ProtectionState
+	41, // 15: landfall.scheduler.v1.ProtectedVm.health:type_name -> landfall.types.v1.Health
+	39, // 16: landfall.scheduler.v1.ProtectedVm.health_reasons:type_name -> landfall.types.v1.ErrorDetail
+	42, // 17: landfall.scheduler.v1.ProtectedVm.active_location:type_name -> landfall.types.v1.ActiveLocation
+	3,  // 18: landfall.scheduler.v1.ProtectedVm.cycle:type_name -> landfall.scheduler.v1.Cycle
+	4,  // 19: landfall.scheduler.v1.ProtectedVm.pass:type_name -> landfall.scheduler.v1.Pass
+	6,  // 20: landfall.scheduler.v1.ProtectedVm.retry:type_name -> landfall.scheduler.v1.Retry
+	43, // 21: landfall.scheduler.v1.ProtectedVm.resync_reason:type_name -> landfall.types.v1.ResyncReason
+	44, // 22: landfall.scheduler.v1.ProtectedVm.machine:type_name -> landfall.types.v1.Machine
+	35, // 23: landfall.scheduler.v1.ProtectedVm.last_point_time:type_name -> google.protobuf.Timestamp
+	35, // 24: landfall.scheduler.v1.ProtectedVm.next_cycle_time:type_name -> google.protobuf.Timestamp
+	7,  // 25: landfall.scheduler.v1.ProtectedVm.counters:type_name -> landfall.scheduler.v1.ReplicationCounters
+	35, // 26: landfall.scheduler.v1.ProtectedVm.create_time:type_name -> google.protobuf.Timestamp
+	35, // 27: landfall.scheduler.v1.ProtectedVm.update_time:type_name -> google.protobuf.Timestamp
+	45, // 28: landfall.scheduler.v1.ProtectedVm.rpo:type_name -> google.protobuf.Duration
+	40, // 29: landfall.scheduler.v1.ProtectedVm.paused_from:type_name -> landfall.types.v1.ProtectionState
+	9,  // 30: landfall.scheduler.v1.ProtectedVm.failover:type_name -> landfall.scheduler.v1.FailoverProgress
+	35, // 31: landfall.scheduler.v1.ProtectedVm.last_app_point_time:type_name -> google.protobuf.Timestamp
+	39, // 32: landfall.scheduler.v1.ProtectedVm.app_consistency_error:type_name -> landfall.types.v1.ErrorDetail
+	2,  // 33: landfall.scheduler.v1.FailoverProgress.stage:type_name -> landfall.scheduler.v1.FailoverStage
+	39, // 34: landfall.scheduler.v1.FailoverProgress.error:type_name -> landfall.types.v1.ErrorDetail
+	40, // 35: landfall.scheduler.v1.FailoverProgress.from:type_name -> landfall.types.v1.ProtectionState
+	35, // 36: landfall.scheduler.v1.FailoverProgress.stop_time:type_name -> google.protobuf.Timestamp
+	44, // 37: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
+	40, // 38: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
+	46, // 39: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
+	10, // 40: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
+	47, // 41: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
+	48, // 42: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	47, // 43: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
+	48, // 44: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 45: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 46: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	48, // 47: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 48: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 49: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 50: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	34, // 51: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
+	35, // 52: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
+	36, // 53: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
+	31, // 54: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
+	11, // 55: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
+	13, // 56: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
+	15, // 57: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
+	17, // 58: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
+	19, // 59: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
+	21, // 60: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
+	23, // 61: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
+	25, // 62: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
+	27, // 63: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
+	29, // 64: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
+	32, // 65: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
+	12, // 66: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
+	14, // 67: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
+	16, // 68: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
+	18, // 69: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
+	20, // 70: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
+	22, // 71: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
+	24, // 72: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
+	26, // 73: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
+	28, // 74: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
+	30, // 75: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
+	33, // 76: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
+	66, // [66:77] is the sub-list for method output_type
+	55, // [55:66] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_protection_proto_init() }
@@ -2636,8 +2862,8 @@ func file_landfall_scheduler_v1_protection_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_scheduler_v1_protection_proto_rawDesc), len(file_landfall_scheduler_v1_protection_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   30,
+			NumEnums:      3,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

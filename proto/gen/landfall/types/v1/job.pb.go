@@ -461,7 +461,9 @@ type TestFailoverDetail struct {
 	// Folder with the result.
 	OutDir string `protobuf:"bytes,5,opt,name=out_dir,json=outDir,proto3" json:"out_dir,omitempty"`
 	// Files made, relative to out_dir.
-	Files         []string `protobuf:"bytes,6,rep,name=files,proto3" json:"files,omitempty"`
+	Files []string `protobuf:"bytes,6,rep,name=files,proto3" json:"files,omitempty"`
+	// What the booted machine showed; absent for a target that boots nothing.
+	Boot          *BootEvidence `protobuf:"bytes,7,opt,name=boot,proto3" json:"boot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -538,6 +540,195 @@ func (x *TestFailoverDetail) GetFiles() []string {
 	return nil
 }
 
+func (x *TestFailoverDetail) GetBoot() *BootEvidence {
+	if x != nil {
+		return x.Boot
+	}
+	return nil
+}
+
+// FailoverDetail is what a planned or unplanned failover brought up.
+type FailoverDetail struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Failover id, failovers/{failover}.
+	Failover string `protobuf:"bytes,1,opt,name=failover,proto3" json:"failover,omitempty"`
+	// Recovery point ordinal that was brought up.
+	Point uint64 `protobuf:"varint,2,opt,name=point,proto3" json:"point,omitempty"`
+	// Instant of that point.
+	CutTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=cut_time,json=cutTime,proto3" json:"cut_time,omitempty"`
+	// Target kind, for example "qemu".
+	Target string `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
+	// Folder with the result.
+	OutDir string `protobuf:"bytes,5,opt,name=out_dir,json=outDir,proto3" json:"out_dir,omitempty"`
+	// Files made, relative to out_dir.
+	Files []string `protobuf:"bytes,6,rep,name=files,proto3" json:"files,omitempty"`
+	// What the booted machine showed; absent for a target that boots nothing.
+	Boot          *BootEvidence `protobuf:"bytes,7,opt,name=boot,proto3" json:"boot,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FailoverDetail) Reset() {
+	*x = FailoverDetail{}
+	mi := &file_landfall_types_v1_job_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FailoverDetail) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FailoverDetail) ProtoMessage() {}
+
+func (x *FailoverDetail) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_types_v1_job_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FailoverDetail.ProtoReflect.Descriptor instead.
+func (*FailoverDetail) Descriptor() ([]byte, []int) {
+	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *FailoverDetail) GetFailover() string {
+	if x != nil {
+		return x.Failover
+	}
+	return ""
+}
+
+func (x *FailoverDetail) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *FailoverDetail) GetCutTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CutTime
+	}
+	return nil
+}
+
+func (x *FailoverDetail) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *FailoverDetail) GetOutDir() string {
+	if x != nil {
+		return x.OutDir
+	}
+	return ""
+}
+
+func (x *FailoverDetail) GetFiles() []string {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *FailoverDetail) GetBoot() *BootEvidence {
+	if x != nil {
+		return x.Boot
+	}
+	return nil
+}
+
+// BootEvidence is what a booted copy showed of itself.
+type BootEvidence struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What proved it: "guest-agent", "console-pattern" or "none".
+	Proof string `protobuf:"bytes,1,opt,name=proof,proto3" json:"proof,omitempty"`
+	// Seconds from start of the machine until the proof.
+	Seconds float64 `protobuf:"fixed64,2,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	// Last lines of the serial console, at most 4 KiB.
+	ConsoleTail string `protobuf:"bytes,3,opt,name=console_tail,json=consoleTail,proto3" json:"console_tail,omitempty"`
+	// File with the whole console text, relative to the result's folder.
+	ConsoleFile string `protobuf:"bytes,4,opt,name=console_file,json=consoleFile,proto3" json:"console_file,omitempty"`
+	// File with the screenshot, PNG or PPM, relative to the result's folder; empty when there is none.
+	ScreenshotFile string `protobuf:"bytes,5,opt,name=screenshot_file,json=screenshotFile,proto3" json:"screenshot_file,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *BootEvidence) Reset() {
+	*x = BootEvidence{}
+	mi := &file_landfall_types_v1_job_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BootEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BootEvidence) ProtoMessage() {}
+
+func (x *BootEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_types_v1_job_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BootEvidence.ProtoReflect.Descriptor instead.
+func (*BootEvidence) Descriptor() ([]byte, []int) {
+	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *BootEvidence) GetProof() string {
+	if x != nil {
+		return x.Proof
+	}
+	return ""
+}
+
+func (x *BootEvidence) GetSeconds() float64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+func (x *BootEvidence) GetConsoleTail() string {
+	if x != nil {
+		return x.ConsoleTail
+	}
+	return ""
+}
+
+func (x *BootEvidence) GetConsoleFile() string {
+	if x != nil {
+		return x.ConsoleFile
+	}
+	return ""
+}
+
+func (x *BootEvidence) GetScreenshotFile() string {
+	if x != nil {
+		return x.ScreenshotFile
+	}
+	return ""
+}
+
 // ResyncDetail is what a resynchronisation found.
 type ResyncDetail struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -553,7 +744,7 @@ type ResyncDetail struct {
 
 func (x *ResyncDetail) Reset() {
 	*x = ResyncDetail{}
-	mi := &file_landfall_types_v1_job_proto_msgTypes[4]
+	mi := &file_landfall_types_v1_job_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -565,7 +756,7 @@ func (x *ResyncDetail) String() string {
 func (*ResyncDetail) ProtoMessage() {}
 
 func (x *ResyncDetail) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_types_v1_job_proto_msgTypes[4]
+	mi := &file_landfall_types_v1_job_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -578,7 +769,7 @@ func (x *ResyncDetail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResyncDetail.ProtoReflect.Descriptor instead.
 func (*ResyncDetail) Descriptor() ([]byte, []int) {
-	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{4}
+	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ResyncDetail) GetComparedBytes() int64 {
@@ -639,6 +830,7 @@ type Job struct {
 	//
 	//	*Job_TestFailover
 	//	*Job_Resync
+	//	*Job_Failover
 	Result        isJob_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -646,7 +838,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_landfall_types_v1_job_proto_msgTypes[5]
+	mi := &file_landfall_types_v1_job_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -658,7 +850,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_types_v1_job_proto_msgTypes[5]
+	mi := &file_landfall_types_v1_job_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -671,7 +863,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{5}
+	return file_landfall_types_v1_job_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Job) GetName() string {
@@ -797,6 +989,15 @@ func (x *Job) GetResync() *ResyncDetail {
 	return nil
 }
 
+func (x *Job) GetFailover() *FailoverDetail {
+	if x != nil {
+		if x, ok := x.Result.(*Job_Failover); ok {
+			return x.Failover
+		}
+	}
+	return nil
+}
+
 type isJob_Result interface {
 	isJob_Result()
 }
@@ -811,9 +1012,16 @@ type Job_Resync struct {
 	Resync *ResyncDetail `protobuf:"bytes,16,opt,name=resync,proto3,oneof"`
 }
 
+type Job_Failover struct {
+	// Of a planned or unplanned failover.
+	Failover *FailoverDetail `protobuf:"bytes,17,opt,name=failover,proto3,oneof"`
+}
+
 func (*Job_TestFailover) isJob_Result() {}
 
 func (*Job_Resync) isJob_Result() {}
+
+func (*Job_Failover) isJob_Result() {}
 
 var File_landfall_types_v1_job_proto protoreflect.FileDescriptor
 
@@ -842,18 +1050,33 @@ const file_landfall_types_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"done_bytes\x18\x02 \x01(\x03R\tdoneBytes\x12\x1d\n" +
 	"\n" +
-	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"\xc4\x01\n" +
+	"sent_bytes\x18\x03 \x01(\x03R\tsentBytes\"\xf9\x01\n" +
 	"\x12TestFailoverDetail\x12\x1a\n" +
 	"\bfailover\x18\x01 \x01(\tR\bfailover\x12\x14\n" +
 	"\x05point\x18\x02 \x01(\x04R\x05point\x125\n" +
 	"\bcut_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12\x16\n" +
 	"\x06target\x18\x04 \x01(\tR\x06target\x12\x17\n" +
 	"\aout_dir\x18\x05 \x01(\tR\x06outDir\x12\x14\n" +
-	"\x05files\x18\x06 \x03(\tR\x05files\"\x97\x01\n" +
+	"\x05files\x18\x06 \x03(\tR\x05files\x123\n" +
+	"\x04boot\x18\a \x01(\v2\x1f.landfall.types.v1.BootEvidenceR\x04boot\"\xf5\x01\n" +
+	"\x0eFailoverDetail\x12\x1a\n" +
+	"\bfailover\x18\x01 \x01(\tR\bfailover\x12\x14\n" +
+	"\x05point\x18\x02 \x01(\x04R\x05point\x125\n" +
+	"\bcut_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12\x16\n" +
+	"\x06target\x18\x04 \x01(\tR\x06target\x12\x17\n" +
+	"\aout_dir\x18\x05 \x01(\tR\x06outDir\x12\x14\n" +
+	"\x05files\x18\x06 \x03(\tR\x05files\x123\n" +
+	"\x04boot\x18\a \x01(\v2\x1f.landfall.types.v1.BootEvidenceR\x04boot\"\xad\x01\n" +
+	"\fBootEvidence\x12\x14\n" +
+	"\x05proof\x18\x01 \x01(\tR\x05proof\x12\x18\n" +
+	"\aseconds\x18\x02 \x01(\x01R\aseconds\x12!\n" +
+	"\fconsole_tail\x18\x03 \x01(\tR\vconsoleTail\x12!\n" +
+	"\fconsole_file\x18\x04 \x01(\tR\vconsoleFile\x12'\n" +
+	"\x0fscreenshot_file\x18\x05 \x01(\tR\x0escreenshotFile\"\x97\x01\n" +
 	"\fResyncDetail\x12%\n" +
 	"\x0ecompared_bytes\x18\x01 \x01(\x03R\rcomparedBytes\x12'\n" +
 	"\x0fdiffering_bytes\x18\x02 \x01(\x03R\x0edifferingBytes\x127\n" +
-	"\x06reason\x18\x03 \x01(\x0e2\x1f.landfall.types.v1.ResyncReasonR\x06reason\"\xee\x05\n" +
+	"\x06reason\x18\x03 \x01(\x0e2\x1f.landfall.types.v1.ResyncReasonR\x06reason\"\xaf\x06\n" +
 	"\x03Job\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1a.landfall.types.v1.JobKindR\x04kind\x12\x16\n" +
@@ -874,7 +1097,8 @@ const file_landfall_types_v1_job_proto_rawDesc = "" +
 	"request_id\x18\r \x01(\tR\trequestId\x12\x1a\n" +
 	"\brevision\x18\x0e \x01(\x04R\brevision\x12L\n" +
 	"\rtest_failover\x18\x0f \x01(\v2%.landfall.types.v1.TestFailoverDetailH\x00R\ftestFailover\x129\n" +
-	"\x06resync\x18\x10 \x01(\v2\x1f.landfall.types.v1.ResyncDetailH\x00R\x06resyncB\b\n" +
+	"\x06resync\x18\x10 \x01(\v2\x1f.landfall.types.v1.ResyncDetailH\x00R\x06resync\x12?\n" +
+	"\bfailover\x18\x11 \x01(\v2!.landfall.types.v1.FailoverDetailH\x00R\bfailoverB\b\n" +
 	"\x06result*\xd3\x01\n" +
 	"\bJobState\x12\x19\n" +
 	"\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x19\n" +
@@ -916,7 +1140,7 @@ func file_landfall_types_v1_job_proto_rawDescGZIP() []byte {
 }
 
 var file_landfall_types_v1_job_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_landfall_types_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_landfall_types_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_landfall_types_v1_job_proto_goTypes = []any{
 	(JobState)(0),                 // 0: landfall.types.v1.JobState
 	(JobKind)(0),                  // 1: landfall.types.v1.JobKind
@@ -924,34 +1148,40 @@ var file_landfall_types_v1_job_proto_goTypes = []any{
 	(*JobStep)(nil),               // 3: landfall.types.v1.JobStep
 	(*JobProgress)(nil),           // 4: landfall.types.v1.JobProgress
 	(*TestFailoverDetail)(nil),    // 5: landfall.types.v1.TestFailoverDetail
-	(*ResyncDetail)(nil),          // 6: landfall.types.v1.ResyncDetail
-	(*Job)(nil),                   // 7: landfall.types.v1.Job
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
-	(ResyncReason)(0),             // 9: landfall.types.v1.ResyncReason
+	(*FailoverDetail)(nil),        // 6: landfall.types.v1.FailoverDetail
+	(*BootEvidence)(nil),          // 7: landfall.types.v1.BootEvidence
+	(*ResyncDetail)(nil),          // 8: landfall.types.v1.ResyncDetail
+	(*Job)(nil),                   // 9: landfall.types.v1.Job
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(ResyncReason)(0),             // 11: landfall.types.v1.ResyncReason
 }
 var file_landfall_types_v1_job_proto_depIdxs = []int32{
-	8,  // 0: landfall.types.v1.ErrorDetail.time:type_name -> google.protobuf.Timestamp
+	10, // 0: landfall.types.v1.ErrorDetail.time:type_name -> google.protobuf.Timestamp
 	0,  // 1: landfall.types.v1.JobStep.state:type_name -> landfall.types.v1.JobState
-	8,  // 2: landfall.types.v1.JobStep.start_time:type_name -> google.protobuf.Timestamp
-	8,  // 3: landfall.types.v1.JobStep.end_time:type_name -> google.protobuf.Timestamp
+	10, // 2: landfall.types.v1.JobStep.start_time:type_name -> google.protobuf.Timestamp
+	10, // 3: landfall.types.v1.JobStep.end_time:type_name -> google.protobuf.Timestamp
 	2,  // 4: landfall.types.v1.JobStep.error:type_name -> landfall.types.v1.ErrorDetail
-	8,  // 5: landfall.types.v1.TestFailoverDetail.cut_time:type_name -> google.protobuf.Timestamp
-	9,  // 6: landfall.types.v1.ResyncDetail.reason:type_name -> landfall.types.v1.ResyncReason
-	1,  // 7: landfall.types.v1.Job.kind:type_name -> landfall.types.v1.JobKind
-	0,  // 8: landfall.types.v1.Job.state:type_name -> landfall.types.v1.JobState
-	3,  // 9: landfall.types.v1.Job.steps:type_name -> landfall.types.v1.JobStep
-	4,  // 10: landfall.types.v1.Job.progress:type_name -> landfall.types.v1.JobProgress
-	2,  // 11: landfall.types.v1.Job.error:type_name -> landfall.types.v1.ErrorDetail
-	8,  // 12: landfall.types.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	8,  // 13: landfall.types.v1.Job.start_time:type_name -> google.protobuf.Timestamp
-	8,  // 14: landfall.types.v1.Job.end_time:type_name -> google.protobuf.Timestamp
-	5,  // 15: landfall.types.v1.Job.test_failover:type_name -> landfall.types.v1.TestFailoverDetail
-	6,  // 16: landfall.types.v1.Job.resync:type_name -> landfall.types.v1.ResyncDetail
-	17, // [17:17] is the sub-list for method output_type
-	17, // [17:17] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	10, // 5: landfall.types.v1.TestFailoverDetail.cut_time:type_name -> google.protobuf.Timestamp
+	7,  // 6: landfall.types.v1.TestFailoverDetail.boot:type_name -> landfall.types.v1.BootEvidence
+	10, // 7: landfall.types.v1.FailoverDetail.cut_time:type_name -> google.protobuf.Timestamp
+	7,  // 8: landfall.types.v1.FailoverDetail.boot:type_name -> landfall.types.v1.BootEvidence
+	11, // 9: landfall.types.v1.ResyncDetail.reason:type_name -> landfall.types.v1.ResyncReason
+	1,  // 10: landfall.types.v1.Job.kind:type_name -> landfall.types.v1.JobKind
+	0,  // 11: landfall.types.v1.Job.state:type_name -> landfall.types.v1.JobState
+	3,  // 12: landfall.types.v1.Job.steps:type_name -> landfall.types.v1.JobStep
+	4,  // 13: landfall.types.v1.Job.progress:type_name -> landfall.types.v1.JobProgress
+	2,  // 14: landfall.types.v1.Job.error:type_name -> landfall.types.v1.ErrorDetail
+	10, // 15: landfall.types.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	10, // 16: landfall.types.v1.Job.start_time:type_name -> google.protobuf.Timestamp
+	10, // 17: landfall.types.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	5,  // 18: landfall.types.v1.Job.test_failover:type_name -> landfall.types.v1.TestFailoverDetail
+	8,  // 19: landfall.types.v1.Job.resync:type_name -> landfall.types.v1.ResyncDetail
+	6,  // 20: landfall.types.v1.Job.failover:type_name -> landfall.types.v1.FailoverDetail
+	21, // [21:21] is the sub-list for method output_type
+	21, // [21:21] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_landfall_types_v1_job_proto_init() }
@@ -960,9 +1190,10 @@ func file_landfall_types_v1_job_proto_init() {
 		return
 	}
 	file_landfall_types_v1_protection_proto_init()
-	file_landfall_types_v1_job_proto_msgTypes[5].OneofWrappers = []any{
+	file_landfall_types_v1_job_proto_msgTypes[7].OneofWrappers = []any{
 		(*Job_TestFailover)(nil),
 		(*Job_Resync)(nil),
+		(*Job_Failover)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -970,7 +1201,7 @@ func file_landfall_types_v1_job_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_types_v1_job_proto_rawDesc), len(file_landfall_types_v1_job_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   6,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -32,6 +32,10 @@ const (
 	DiskFormat_DISK_FORMAT_RAW DiskFormat = 1
 	// Fixed VHD: sectors and a 512-byte footer.
 	DiskFormat_DISK_FORMAT_VHD DiskFormat = 2
+	// VHDX.
+	DiskFormat_DISK_FORMAT_VHDX DiskFormat = 3
+	// QEMU's qcow2.
+	DiskFormat_DISK_FORMAT_QCOW2 DiskFormat = 4
 )
 
 // Enum value maps for DiskFormat.
@@ -40,11 +44,15 @@ var (
 		0: "DISK_FORMAT_UNSPECIFIED",
 		1: "DISK_FORMAT_RAW",
 		2: "DISK_FORMAT_VHD",
+		3: "DISK_FORMAT_VHDX",
+		4: "DISK_FORMAT_QCOW2",
 	}
 	DiskFormat_value = map[string]int32{
 		"DISK_FORMAT_UNSPECIFIED": 0,
 		"DISK_FORMAT_RAW":         1,
 		"DISK_FORMAT_VHD":         2,
+		"DISK_FORMAT_VHDX":        3,
+		"DISK_FORMAT_QCOW2":       4,
 	}
 )
 
@@ -73,6 +81,116 @@ func (x DiskFormat) Number() protoreflect.EnumNumber {
 // Deprecated: Use DiskFormat.Descriptor instead.
 func (DiskFormat) EnumDescriptor() ([]byte, []int) {
 	return file_landfall_types_v1_machine_proto_rawDescGZIP(), []int{0}
+}
+
+// Firmware that a machine boots with.
+type Firmware int32
+
+const (
+	// Not known: generation decides.
+	Firmware_FIRMWARE_UNSPECIFIED Firmware = 0
+	// PC BIOS.
+	Firmware_FIRMWARE_BIOS Firmware = 1
+	// UEFI.
+	Firmware_FIRMWARE_UEFI Firmware = 2
+)
+
+// Enum value maps for Firmware.
+var (
+	Firmware_name = map[int32]string{
+		0: "FIRMWARE_UNSPECIFIED",
+		1: "FIRMWARE_BIOS",
+		2: "FIRMWARE_UEFI",
+	}
+	Firmware_value = map[string]int32{
+		"FIRMWARE_UNSPECIFIED": 0,
+		"FIRMWARE_BIOS":        1,
+		"FIRMWARE_UEFI":        2,
+	}
+)
+
+func (x Firmware) Enum() *Firmware {
+	p := new(Firmware)
+	*p = x
+	return p
+}
+
+func (x Firmware) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Firmware) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_types_v1_machine_proto_enumTypes[1].Descriptor()
+}
+
+func (Firmware) Type() protoreflect.EnumType {
+	return &file_landfall_types_v1_machine_proto_enumTypes[1]
+}
+
+func (x Firmware) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Firmware.Descriptor instead.
+func (Firmware) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_types_v1_machine_proto_rawDescGZIP(), []int{1}
+}
+
+// PowerState says whether a machine's guest runs.
+type PowerState int32
+
+const (
+	// Not known: the driver has no guests, or the hypervisor does not answer.
+	PowerState_POWER_STATE_UNSPECIFIED PowerState = 0
+	// The guest runs.
+	PowerState_POWER_STATE_RUNNING PowerState = 1
+	// The guest is off and cannot write. The hypervisor's process may still be there, with its bitmaps.
+	PowerState_POWER_STATE_OFF PowerState = 2
+	// The guest is stopped by the hypervisor and can go on.
+	PowerState_POWER_STATE_PAUSED PowerState = 3
+)
+
+// Enum value maps for PowerState.
+var (
+	PowerState_name = map[int32]string{
+		0: "POWER_STATE_UNSPECIFIED",
+		1: "POWER_STATE_RUNNING",
+		2: "POWER_STATE_OFF",
+		3: "POWER_STATE_PAUSED",
+	}
+	PowerState_value = map[string]int32{
+		"POWER_STATE_UNSPECIFIED": 0,
+		"POWER_STATE_RUNNING":     1,
+		"POWER_STATE_OFF":         2,
+		"POWER_STATE_PAUSED":      3,
+	}
+)
+
+func (x PowerState) Enum() *PowerState {
+	p := new(PowerState)
+	*p = x
+	return p
+}
+
+func (x PowerState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PowerState) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_types_v1_machine_proto_enumTypes[2].Descriptor()
+}
+
+func (PowerState) Type() protoreflect.EnumType {
+	return &file_landfall_types_v1_machine_proto_enumTypes[2]
+}
+
+func (x PowerState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PowerState.Descriptor instead.
+func (PowerState) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_types_v1_machine_proto_rawDescGZIP(), []int{2}
 }
 
 // Disk is one virtual disk of a machine.
@@ -250,7 +368,13 @@ type Machine struct {
 	// Disks in order.
 	Disks []*Disk `protobuf:"bytes,8,rep,name=disks,proto3" json:"disks,omitempty"`
 	// sites/{site}/hosts/{host} that holds it now.
-	Host          string `protobuf:"bytes,9,opt,name=host,proto3" json:"host,omitempty"`
+	Host string `protobuf:"bytes,9,opt,name=host,proto3" json:"host,omitempty"`
+	// Firmware.
+	Firmware Firmware `protobuf:"varint,10,opt,name=firmware,proto3,enum=landfall.types.v1.Firmware" json:"firmware,omitempty"`
+	// Whether the guest runs, when the host was asked. Output only.
+	PowerState PowerState `protobuf:"varint,11,opt,name=power_state,json=powerState,proto3,enum=landfall.types.v1.PowerState" json:"power_state,omitempty"`
+	// Failover that holds the machine's fence on its host: it must not run while this is set. Output only.
+	Fence         string `protobuf:"bytes,12,opt,name=fence,proto3" json:"fence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -348,6 +472,27 @@ func (x *Machine) GetHost() string {
 	return ""
 }
 
+func (x *Machine) GetFirmware() Firmware {
+	if x != nil {
+		return x.Firmware
+	}
+	return Firmware_FIRMWARE_UNSPECIFIED
+}
+
+func (x *Machine) GetPowerState() PowerState {
+	if x != nil {
+		return x.PowerState
+	}
+	return PowerState_POWER_STATE_UNSPECIFIED
+}
+
+func (x *Machine) GetFence() string {
+	if x != nil {
+		return x.Fence
+	}
+	return ""
+}
+
 var File_landfall_types_v1_machine_proto protoreflect.FileDescriptor
 
 const file_landfall_types_v1_machine_proto_rawDesc = "" +
@@ -366,7 +511,7 @@ const file_landfall_types_v1_machine_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vmac_address\x18\x02 \x01(\tR\n" +
 	"macAddress\x12\x18\n" +
-	"\anetwork\x18\x03 \x01(\tR\anetwork\"\xb8\x02\n" +
+	"\anetwork\x18\x03 \x01(\tR\anetwork\"\xc7\x03\n" +
 	"\aMachine\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12!\n" +
@@ -378,12 +523,29 @@ const file_landfall_types_v1_machine_proto_rawDesc = "" +
 	"\fmemory_bytes\x18\x06 \x01(\x03R\vmemoryBytes\x12L\n" +
 	"\x10network_adapters\x18\a \x03(\v2!.landfall.types.v1.NetworkAdapterR\x0fnetworkAdapters\x12-\n" +
 	"\x05disks\x18\b \x03(\v2\x17.landfall.types.v1.DiskR\x05disks\x12\x12\n" +
-	"\x04host\x18\t \x01(\tR\x04host*S\n" +
+	"\x04host\x18\t \x01(\tR\x04host\x127\n" +
+	"\bfirmware\x18\n" +
+	" \x01(\x0e2\x1b.landfall.types.v1.FirmwareR\bfirmware\x12>\n" +
+	"\vpower_state\x18\v \x01(\x0e2\x1d.landfall.types.v1.PowerStateR\n" +
+	"powerState\x12\x14\n" +
+	"\x05fence\x18\f \x01(\tR\x05fence*\x80\x01\n" +
 	"\n" +
 	"DiskFormat\x12\x1b\n" +
 	"\x17DISK_FORMAT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fDISK_FORMAT_RAW\x10\x01\x12\x13\n" +
-	"\x0fDISK_FORMAT_VHD\x10\x02B\xd0\x01\n" +
+	"\x0fDISK_FORMAT_VHD\x10\x02\x12\x14\n" +
+	"\x10DISK_FORMAT_VHDX\x10\x03\x12\x15\n" +
+	"\x11DISK_FORMAT_QCOW2\x10\x04*J\n" +
+	"\bFirmware\x12\x18\n" +
+	"\x14FIRMWARE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rFIRMWARE_BIOS\x10\x01\x12\x11\n" +
+	"\rFIRMWARE_UEFI\x10\x02*o\n" +
+	"\n" +
+	"PowerState\x12\x1b\n" +
+	"\x17POWER_STATE_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13POWER_STATE_RUNNING\x10\x01\x12\x13\n" +
+	"\x0fPOWER_STATE_OFF\x10\x02\x12\x16\n" +
+	"\x12POWER_STATE_PAUSED\x10\x03B\xd0\x01\n" +
 	"\x15com.landfall.types.v1B\fMachineProtoP\x01ZCgithub.com/landfall-dr/landfall/proto/gen/landfall/types/v1;typesv1\xa2\x02\x03LTX\xaa\x02\x11Landfall.Types.V1\xca\x02\x11Landfall\\Types\\V1\xe2\x02\x1dLandfall\\Types\\V1\\GPBMetadata\xea\x02\x13Landfall::Types::V1b\x06proto3"
 
 var (
@@ -398,23 +560,27 @@ func file_landfall_types_v1_machine_proto_rawDescGZIP() []byte {
 	return file_landfall_types_v1_machine_proto_rawDescData
 }
 
-var file_landfall_types_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_landfall_types_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
 var file_landfall_types_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_landfall_types_v1_machine_proto_goTypes = []any{
 	(DiskFormat)(0),        // 0: landfall.types.v1.DiskFormat
-	(*Disk)(nil),           // 1: landfall.types.v1.Disk
-	(*NetworkAdapter)(nil), // 2: landfall.types.v1.NetworkAdapter
-	(*Machine)(nil),        // 3: landfall.types.v1.Machine
+	(Firmware)(0),          // 1: landfall.types.v1.Firmware
+	(PowerState)(0),        // 2: landfall.types.v1.PowerState
+	(*Disk)(nil),           // 3: landfall.types.v1.Disk
+	(*NetworkAdapter)(nil), // 4: landfall.types.v1.NetworkAdapter
+	(*Machine)(nil),        // 5: landfall.types.v1.Machine
 }
 var file_landfall_types_v1_machine_proto_depIdxs = []int32{
 	0, // 0: landfall.types.v1.Disk.format:type_name -> landfall.types.v1.DiskFormat
-	2, // 1: landfall.types.v1.Machine.network_adapters:type_name -> landfall.types.v1.NetworkAdapter
-	1, // 2: landfall.types.v1.Machine.disks:type_name -> landfall.types.v1.Disk
-	3, // [3:3] is the sub-list for method output_type
-	3, // [3:3] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4, // 1: landfall.types.v1.Machine.network_adapters:type_name -> landfall.types.v1.NetworkAdapter
+	3, // 2: landfall.types.v1.Machine.disks:type_name -> landfall.types.v1.Disk
+	1, // 3: landfall.types.v1.Machine.firmware:type_name -> landfall.types.v1.Firmware
+	2, // 4: landfall.types.v1.Machine.power_state:type_name -> landfall.types.v1.PowerState
+	5, // [5:5] is the sub-list for method output_type
+	5, // [5:5] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_landfall_types_v1_machine_proto_init() }
@@ -427,7 +593,7 @@ func file_landfall_types_v1_machine_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_types_v1_machine_proto_rawDesc), len(file_landfall_types_v1_machine_proto_rawDesc)),
-			NumEnums:      1,
+			NumEnums:      3,
 			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,

@@ -407,20 +407,26 @@ const (
 	ResyncReason_RESYNC_REASON_BASE_AHEAD ResyncReason = 7
 	// The host does not know the lineage any more.
 	ResyncReason_RESYNC_REASON_HOST_STATE_LOST ResyncReason = 8
+	// The hypervisor's dirty bitmap is gone, inconsistent or not ours: it was restarted, killed, or somebody removed it.
+	ResyncReason_RESYNC_REASON_BITMAP_LOST ResyncReason = 9
+	// A failover was cancelled after the source may have run on its own.
+	ResyncReason_RESYNC_REASON_SOURCE_DIVERGED ResyncReason = 10
 )
 
 // Enum value maps for ResyncReason.
 var (
 	ResyncReason_name = map[int32]string{
-		0: "RESYNC_REASON_UNSPECIFIED",
-		1: "RESYNC_REASON_MANUAL",
-		2: "RESYNC_REASON_DISK_CHANGED_OFFLINE",
-		3: "RESYNC_REASON_LOG_LIMIT",
-		4: "RESYNC_REASON_LOG_WRITE_FAILED",
-		5: "RESYNC_REASON_TRACKING_BROKEN",
-		6: "RESYNC_REASON_TRACKING_GAP",
-		7: "RESYNC_REASON_BASE_AHEAD",
-		8: "RESYNC_REASON_HOST_STATE_LOST",
+		0:  "RESYNC_REASON_UNSPECIFIED",
+		1:  "RESYNC_REASON_MANUAL",
+		2:  "RESYNC_REASON_DISK_CHANGED_OFFLINE",
+		3:  "RESYNC_REASON_LOG_LIMIT",
+		4:  "RESYNC_REASON_LOG_WRITE_FAILED",
+		5:  "RESYNC_REASON_TRACKING_BROKEN",
+		6:  "RESYNC_REASON_TRACKING_GAP",
+		7:  "RESYNC_REASON_BASE_AHEAD",
+		8:  "RESYNC_REASON_HOST_STATE_LOST",
+		9:  "RESYNC_REASON_BITMAP_LOST",
+		10: "RESYNC_REASON_SOURCE_DIVERGED",
 	}
 	ResyncReason_value = map[string]int32{
 		"RESYNC_REASON_UNSPECIFIED":          0,
@@ -432,6 +438,8 @@ var (
 		"RESYNC_REASON_TRACKING_GAP":         6,
 		"RESYNC_REASON_BASE_AHEAD":           7,
 		"RESYNC_REASON_HOST_STATE_LOST":      8,
+		"RESYNC_REASON_BITMAP_LOST":          9,
+		"RESYNC_REASON_SOURCE_DIVERGED":      10,
 	}
 )
 
@@ -628,7 +636,7 @@ const file_landfall_types_v1_protection_proto_rawDesc = "" +
 	"#TEST_FAILOVER_STATE_WAITING_CLEANUP\x10\x03\x12#\n" +
 	"\x1fTEST_FAILOVER_STATE_CLEANING_UP\x10\x04\x12\x1e\n" +
 	"\x1aTEST_FAILOVER_STATE_FAILED\x10\x05\x12&\n" +
-	"\"TEST_FAILOVER_STATE_CLEANUP_FAILED\x10\x06*\xb4\x02\n" +
+	"\"TEST_FAILOVER_STATE_CLEANUP_FAILED\x10\x06*\xf6\x02\n" +
 	"\fResyncReason\x12\x1d\n" +
 	"\x19RESYNC_REASON_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14RESYNC_REASON_MANUAL\x10\x01\x12&\n" +
@@ -638,7 +646,10 @@ const file_landfall_types_v1_protection_proto_rawDesc = "" +
 	"\x1dRESYNC_REASON_TRACKING_BROKEN\x10\x05\x12\x1e\n" +
 	"\x1aRESYNC_REASON_TRACKING_GAP\x10\x06\x12\x1c\n" +
 	"\x18RESYNC_REASON_BASE_AHEAD\x10\a\x12!\n" +
-	"\x1dRESYNC_REASON_HOST_STATE_LOST\x10\b*^\n" +
+	"\x1dRESYNC_REASON_HOST_STATE_LOST\x10\b\x12\x1d\n" +
+	"\x19RESYNC_REASON_BITMAP_LOST\x10\t\x12!\n" +
+	"\x1dRESYNC_REASON_SOURCE_DIVERGED\x10\n" +
+	"*^\n" +
 	"\vConsistency\x12\x1b\n" +
 	"\x17CONSISTENCY_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11CONSISTENCY_CRASH\x10\x01\x12\x1b\n" +

@@ -67,6 +67,8 @@ const (
 	ErrorReason_ERROR_REASON_FAILOVER_NOT_FOUND ErrorReason = 27
 	// The VM is not protected.
 	ErrorReason_ERROR_REASON_NOT_PROTECTED ErrorReason = 28
+	// The hypervisor of a machine does not answer on its control socket.
+	ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE ErrorReason = 29
 	// --- state
 	// The action is not legal in the present state.
 	ErrorReason_ERROR_REASON_INVALID_STATE ErrorReason = 40
@@ -82,6 +84,16 @@ const (
 	ErrorReason_ERROR_REASON_JOB_IN_PROGRESS ErrorReason = 45
 	// A test failover of the VM waits for clean-up.
 	ErrorReason_ERROR_REASON_TEST_FAILOVER_ACTIVE ErrorReason = 46
+	// A failover of the VM is under way or waits for commit.
+	ErrorReason_ERROR_REASON_FAILOVER_ACTIVE ErrorReason = 47
+	// The source machine is not known to be stopped, and the caller did not accept that.
+	ErrorReason_ERROR_REASON_SOURCE_NOT_FENCED ErrorReason = 48
+	// The guest did not power down in time.
+	ErrorReason_ERROR_REASON_GUEST_DID_NOT_STOP ErrorReason = 49
+	// The machine is fenced by a failover and must not run.
+	ErrorReason_ERROR_REASON_MACHINE_FENCED ErrorReason = 50
+	// The failover has passed the point up to which it can be cancelled, or is at no safe point now.
+	ErrorReason_ERROR_REASON_NOT_AT_SAFE_POINT ErrorReason = 51
 	// --- the source machine and its disks
 	// vm.yaml is missing, unreadable or contradicts itself.
 	ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID ErrorReason = 60
@@ -124,6 +136,12 @@ const (
 	ErrorReason_ERROR_REASON_PASS_NOT_OPEN ErrorReason = 89
 	// The wanted consistency cannot be given by this driver.
 	ErrorReason_ERROR_REASON_CONSISTENCY_UNSUPPORTED ErrorReason = 90
+	// The space for a point's frozen copy ran out, or the hypervisor gave the frozen copy up; the guest was not harmed.
+	ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN ErrorReason = 91
+	// The export that a point is read from does not offer what it must, for example its dirty bitmap.
+	ErrorReason_ERROR_REASON_SOURCE_EXPORT_INVALID ErrorReason = 92
+	// The hypervisor's dirty bitmap is gone or inconsistent.
+	ErrorReason_ERROR_REASON_BITMAP_LOST ErrorReason = 93
 	// --- the journal and the replica
 	// A commit was refused: the lineage is closed by a failover.
 	ErrorReason_ERROR_REASON_LINEAGE_CLOSED ErrorReason = 100
@@ -161,6 +179,10 @@ const (
 	ErrorReason_ERROR_REASON_TARGET_UNSUPPORTED ErrorReason = 141
 	// The target cannot be written.
 	ErrorReason_ERROR_REASON_TARGET_UNWRITABLE ErrorReason = 142
+	// The target cannot be used on this machine: a program or file that it needs is missing.
+	ErrorReason_ERROR_REASON_TARGET_UNAVAILABLE ErrorReason = 143
+	// The recovered machine did not show that it is up in time.
+	ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT ErrorReason = 144
 )
 
 // Enum value maps for ErrorReason.
@@ -185,6 +207,7 @@ var (
 		26:  "ERROR_REASON_DISK_NOT_FOUND",
 		27:  "ERROR_REASON_FAILOVER_NOT_FOUND",
 		28:  "ERROR_REASON_NOT_PROTECTED",
+		29:  "ERROR_REASON_HYPERVISOR_UNREACHABLE",
 		40:  "ERROR_REASON_INVALID_STATE",
 		41:  "ERROR_REASON_ALREADY_PROTECTED",
 		42:  "ERROR_REASON_POLICY_IN_USE",
@@ -192,6 +215,11 @@ var (
 		44:  "ERROR_REASON_PREREQUISITES_NOT_MET",
 		45:  "ERROR_REASON_JOB_IN_PROGRESS",
 		46:  "ERROR_REASON_TEST_FAILOVER_ACTIVE",
+		47:  "ERROR_REASON_FAILOVER_ACTIVE",
+		48:  "ERROR_REASON_SOURCE_NOT_FENCED",
+		49:  "ERROR_REASON_GUEST_DID_NOT_STOP",
+		50:  "ERROR_REASON_MACHINE_FENCED",
+		51:  "ERROR_REASON_NOT_AT_SAFE_POINT",
 		60:  "ERROR_REASON_VM_DEFINITION_INVALID",
 		61:  "ERROR_REASON_DISK_IMAGE_MISSING",
 		62:  "ERROR_REASON_DISK_IMAGE_TRUNCATED",
@@ -212,6 +240,9 @@ var (
 		88:  "ERROR_REASON_PASS_REQUIRED",
 		89:  "ERROR_REASON_PASS_NOT_OPEN",
 		90:  "ERROR_REASON_CONSISTENCY_UNSUPPORTED",
+		91:  "ERROR_REASON_SNAPSHOT_BROKEN",
+		92:  "ERROR_REASON_SOURCE_EXPORT_INVALID",
+		93:  "ERROR_REASON_BITMAP_LOST",
 		100: "ERROR_REASON_LINEAGE_CLOSED",
 		101: "ERROR_REASON_STALE_OPEN",
 		102: "ERROR_REASON_BASE_AHEAD",
@@ -229,6 +260,8 @@ var (
 		140: "ERROR_REASON_TARGET_NOT_EMPTY",
 		141: "ERROR_REASON_TARGET_UNSUPPORTED",
 		142: "ERROR_REASON_TARGET_UNWRITABLE",
+		143: "ERROR_REASON_TARGET_UNAVAILABLE",
+		144: "ERROR_REASON_TARGET_DID_NOT_BOOT",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":             0,
@@ -250,6 +283,7 @@ var (
 		"ERROR_REASON_DISK_NOT_FOUND":          26,
 		"ERROR_REASON_FAILOVER_NOT_FOUND":      27,
 		"ERROR_REASON_NOT_PROTECTED":           28,
+		"ERROR_REASON_HYPERVISOR_UNREACHABLE":  29,
 		"ERROR_REASON_INVALID_STATE":           40,
 		"ERROR_REASON_ALREADY_PROTECTED":       41,
 		"ERROR_REASON_POLICY_IN_USE":           42,
@@ -257,6 +291,11 @@ var (
 		"ERROR_REASON_PREREQUISITES_NOT_MET":   44,
 		"ERROR_REASON_JOB_IN_PROGRESS":         45,
 		"ERROR_REASON_TEST_FAILOVER_ACTIVE":    46,
+		"ERROR_REASON_FAILOVER_ACTIVE":         47,
+		"ERROR_REASON_SOURCE_NOT_FENCED":       48,
+		"ERROR_REASON_GUEST_DID_NOT_STOP":      49,
+		"ERROR_REASON_MACHINE_FENCED":          50,
+		"ERROR_REASON_NOT_AT_SAFE_POINT":       51,
 		"ERROR_REASON_VM_DEFINITION_INVALID":   60,
 		"ERROR_REASON_DISK_IMAGE_MISSING":      61,
 		"ERROR_REASON_DISK_IMAGE_TRUNCATED":    62,
@@ -277,6 +316,9 @@ var (
 		"ERROR_REASON_PASS_REQUIRED":           88,
 		"ERROR_REASON_PASS_NOT_OPEN":           89,
 		"ERROR_REASON_CONSISTENCY_UNSUPPORTED": 90,
+		"ERROR_REASON_SNAPSHOT_BROKEN":         91,
+		"ERROR_REASON_SOURCE_EXPORT_INVALID":   92,
+		"ERROR_REASON_BITMAP_LOST":             93,
 		"ERROR_REASON_LINEAGE_CLOSED":          100,
 		"ERROR_REASON_STALE_OPEN":              101,
 		"ERROR_REASON_BASE_AHEAD":              102,
@@ -294,6 +336,8 @@ var (
 		"ERROR_REASON_TARGET_NOT_EMPTY":        140,
 		"ERROR_REASON_TARGET_UNSUPPORTED":      141,
 		"ERROR_REASON_TARGET_UNWRITABLE":       142,
+		"ERROR_REASON_TARGET_UNAVAILABLE":      143,
+		"ERROR_REASON_TARGET_DID_NOT_BOOT":     144,
 	}
 )
 
@@ -328,7 +372,7 @@ var File_landfall_types_v1_reason_proto protoreflect.FileDescriptor
 
 const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1elandfall/types/v1/reason.proto\x12\x11landfall.types.v1*\xee\x10\n" +
+	"\x1elandfall/types/v1/reason.proto\x12\x11landfall.types.v1*\xfc\x13\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12!\n" +
 	"\x1dERROR_REASON_INVALID_ARGUMENT\x10\x01\x12 \n" +
@@ -348,14 +392,20 @@ const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"\x1cERROR_REASON_POINT_NOT_FOUND\x10\x19\x12\x1f\n" +
 	"\x1bERROR_REASON_DISK_NOT_FOUND\x10\x1a\x12#\n" +
 	"\x1fERROR_REASON_FAILOVER_NOT_FOUND\x10\x1b\x12\x1e\n" +
-	"\x1aERROR_REASON_NOT_PROTECTED\x10\x1c\x12\x1e\n" +
+	"\x1aERROR_REASON_NOT_PROTECTED\x10\x1c\x12'\n" +
+	"#ERROR_REASON_HYPERVISOR_UNREACHABLE\x10\x1d\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_STATE\x10(\x12\"\n" +
 	"\x1eERROR_REASON_ALREADY_PROTECTED\x10)\x12\x1e\n" +
 	"\x1aERROR_REASON_POLICY_IN_USE\x10*\x12\x1f\n" +
 	"\x1bERROR_REASON_POLICY_INVALID\x10+\x12&\n" +
 	"\"ERROR_REASON_PREREQUISITES_NOT_MET\x10,\x12 \n" +
 	"\x1cERROR_REASON_JOB_IN_PROGRESS\x10-\x12%\n" +
-	"!ERROR_REASON_TEST_FAILOVER_ACTIVE\x10.\x12&\n" +
+	"!ERROR_REASON_TEST_FAILOVER_ACTIVE\x10.\x12 \n" +
+	"\x1cERROR_REASON_FAILOVER_ACTIVE\x10/\x12\"\n" +
+	"\x1eERROR_REASON_SOURCE_NOT_FENCED\x100\x12#\n" +
+	"\x1fERROR_REASON_GUEST_DID_NOT_STOP\x101\x12\x1f\n" +
+	"\x1bERROR_REASON_MACHINE_FENCED\x102\x12\"\n" +
+	"\x1eERROR_REASON_NOT_AT_SAFE_POINT\x103\x12&\n" +
 	"\"ERROR_REASON_VM_DEFINITION_INVALID\x10<\x12#\n" +
 	"\x1fERROR_REASON_DISK_IMAGE_MISSING\x10=\x12%\n" +
 	"!ERROR_REASON_DISK_IMAGE_TRUNCATED\x10>\x12\x1f\n" +
@@ -375,7 +425,10 @@ const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"\x17ERROR_REASON_POINT_OPEN\x10W\x12\x1e\n" +
 	"\x1aERROR_REASON_PASS_REQUIRED\x10X\x12\x1e\n" +
 	"\x1aERROR_REASON_PASS_NOT_OPEN\x10Y\x12(\n" +
-	"$ERROR_REASON_CONSISTENCY_UNSUPPORTED\x10Z\x12\x1f\n" +
+	"$ERROR_REASON_CONSISTENCY_UNSUPPORTED\x10Z\x12 \n" +
+	"\x1cERROR_REASON_SNAPSHOT_BROKEN\x10[\x12&\n" +
+	"\"ERROR_REASON_SOURCE_EXPORT_INVALID\x10\\\x12\x1c\n" +
+	"\x18ERROR_REASON_BITMAP_LOST\x10]\x12\x1f\n" +
 	"\x1bERROR_REASON_LINEAGE_CLOSED\x10d\x12\x1b\n" +
 	"\x17ERROR_REASON_STALE_OPEN\x10e\x12\x1b\n" +
 	"\x17ERROR_REASON_BASE_AHEAD\x10f\x12\x1d\n" +
@@ -392,7 +445,9 @@ const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"\x1cERROR_REASON_RESYNC_REQUIRED\x10y\x12\"\n" +
 	"\x1dERROR_REASON_TARGET_NOT_EMPTY\x10\x8c\x01\x12$\n" +
 	"\x1fERROR_REASON_TARGET_UNSUPPORTED\x10\x8d\x01\x12#\n" +
-	"\x1eERROR_REASON_TARGET_UNWRITABLE\x10\x8e\x01B\xcf\x01\n" +
+	"\x1eERROR_REASON_TARGET_UNWRITABLE\x10\x8e\x01\x12$\n" +
+	"\x1fERROR_REASON_TARGET_UNAVAILABLE\x10\x8f\x01\x12%\n" +
+	" ERROR_REASON_TARGET_DID_NOT_BOOT\x10\x90\x01B\xcf\x01\n" +
 	"\x15com.landfall.types.v1B\vReasonProtoP\x01ZCgithub.com/landfall-dr/landfall/proto/gen/landfall/types/v1;typesv1\xa2\x02\x03LTX\xaa\x02\x11Landfall.Types.V1\xca\x02\x11Landfall\\Types\\V1\xe2\x02\x1dLandfall\\Types\\V1\\GPBMetadata\xea\x02\x13Landfall::Types::V1b\x06proto3"
 
 var (
