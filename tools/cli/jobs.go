@@ -78,12 +78,20 @@ func describeJob(w io.Writer, j *typesv1.Job) {
 		row(w, "Progress:", fmt.Sprintf("%s of %s (%s sent)", human(p.DoneBytes), human(p.TotalBytes), human(p.SentBytes)))
 	}
 	for _, s := range j.Steps {
-		row(w, "Step "+s.Id+":", strings.TrimSuffix(label(s.State, "JOB_STATE_")+": "+s.Detail, ": "))
+		row(w, "Step "+s.Id+":", strings.TrimSuffix(label(s.State, "JOB_STATE_")+took(s)+": "+s.Detail, ": "))
 	}
 	if t := j.GetTestFailover(); t != nil {
 		row(w, "Point:", fmt.Sprintf("%d of %s", t.Point, stamp(t.CutTime)))
 		row(w, "Folder:", t.OutDir)
 		row(w, "Files:", strings.Join(t.Files, " "))
+		describeBoot(w, t.Boot)
+	}
+	if f := j.GetFailover(); f != nil {
+		row(w, "Failover:", last(f.Failover))
+		row(w, "Point:", fmt.Sprintf("%d of %s", f.Point, stamp(f.CutTime)))
+		row(w, "Folder:", f.OutDir)
+		row(w, "Files:", strings.Join(f.Files, " "))
+		describeBoot(w, f.Boot)
 	}
 	if r := j.GetResync(); r != nil {
 		row(w, "Compared:", human(r.ComparedBytes))
@@ -93,6 +101,31 @@ func describeJob(w io.Writer, j *typesv1.Job) {
 		row(w, "Error:", e.Reason+": "+e.What)
 		row(w, "Likely cause:", e.Cause)
 		row(w, "What to do:", e.Action)
+	}
+}
+
+// took is how long a step that has ended took.
+func took(s *typesv1.JobStep) string {
+	if s.StartTime == nil || s.EndTime == nil {
+		return ""
+	}
+	return fmt.Sprintf(" in %.1f s", s.EndTime.AsTime().Sub(s.StartTime.AsTime()).Seconds())
+}
+
+// describeBoot shows how a booted copy proved that it is up.
+func describeBoot(w io.Writer, b *typesv1.BootEvidence) {
+	if b == nil {
+		return
+	}
+	row(w, "Booted:", fmt.Sprintf("%s after %.1f s", b.Proof, b.Seconds))
+	if b.ConsoleFile != "" {
+		row(w, "Console:", b.ConsoleFile)
+	}
+	if b.ScreenshotFile != "" {
+		row(w, "Screenshot:", b.ScreenshotFile)
+	}
+	if tail := strings.Split(strings.TrimSpace(b.ConsoleTail), "\n"); tail[len(tail)-1] != "" {
+		row(w, "Last line:", strings.TrimSpace(tail[len(tail)-1]))
 	}
 }
 

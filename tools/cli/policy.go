@@ -85,9 +85,9 @@ func (a *app) policyCommand() *cobra.Command {
 }
 
 func policyRows(w io.Writer, policies ...*schedulerv1.Policy) {
-	row(w, "POLICY", "COPY INTERVAL", "RETENTION", "PARALLEL UPLOADS")
+	row(w, "POLICY", "COPY INTERVAL", "APPLICATION-CONSISTENT", "RETENTION", "PARALLEL UPLOADS")
 	for _, p := range policies {
-		row(w, last(p.Name), span(p.CopyInterval), span(p.Retention), p.ParallelUploads)
+		row(w, last(p.Name), span(p.CopyInterval), span(p.AppConsistentInterval), span(p.Retention), p.ParallelUploads)
 	}
 }
 
@@ -157,7 +157,7 @@ func policyValues(m map[string]any) error {
 			return fmt.Errorf("unknown key %q: a policy has %s", key, strings.Join(known, ", "))
 		}
 	}
-	for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold"} {
+	for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold", "app_consistent_interval"} {
 		v, ok := m[key]
 		if !ok {
 			continue

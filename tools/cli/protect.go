@@ -204,6 +204,17 @@ func describe(w io.Writer, v *schedulerv1.ProtectedVm) {
 	if v.ResyncReason != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED {
 		row(w, "Resync due:", label(v.ResyncReason, "RESYNC_REASON_"))
 	}
+	if f := v.Failover; f != nil {
+		row(w, "Failover:", last(f.Failover)+", "+label(f.Stage, "FAILOVER_STAGE_"))
+		row(w, "Source is off:", yes(f.SourceFenced))
+		if f.Error != nil {
+			row(w, "  because:", f.Error.Reason+": "+f.Error.What)
+			row(w, "  what to do:", f.Error.Action)
+		}
+	}
+	if t := v.LastAppPointTime; t != nil {
+		row(w, "Application-consistent:", stamp(t))
+	}
 	if r := v.Retry; r != nil {
 		row(w, "Retry:", fmt.Sprintf("attempt %d failed (%s), next at %s", r.Attempt, r.Error.GetReason(), stamp(r.NextTime)))
 	}

@@ -83,6 +83,12 @@ func (a *app) vmsCommand() *cobra.Command {
 				row(w, "CPUs:", m.Cpus)
 				row(w, "Memory:", human(m.MemoryBytes))
 				row(w, "Protection:", stateLabel(v.State))
+				if m.PowerState != typesv1.PowerState_POWER_STATE_UNSPECIFIED {
+					row(w, "Power:", label(m.PowerState, "POWER_STATE_"))
+				}
+				if m.Fence != "" {
+					row(w, "Fenced by:", m.Fence)
+				}
 				for _, n := range m.NetworkAdapters {
 					row(w, "Network:", n.Name+" "+n.MacAddress+" "+n.Network)
 				}
