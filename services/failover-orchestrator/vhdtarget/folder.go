@@ -170,20 +170,24 @@ func (f *Folder) claim(raw []byte) error {
 }
 
 // WriteMachine writes vm.json.
-func (f *Folder) WriteMachine(raw []byte) error {
-	if err := f.write(MachineFile, partial(MachineFile), raw); err != nil {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "write %s", MachineFile)
+func (f *Folder) WriteMachine(raw []byte) error { return f.Write(MachineFile, raw) }
+
+// Write makes a file appear whole or not at all, in place of what it replaces, durably. The marker must name it.
+func (f *Folder) Write(name string, raw []byte) error {
+	temp := filepath.Join(f.dir, Partial(name))
+	err := writeFile(temp, raw, os.O_TRUNC)
+	if err == nil {
+		err = f.Finish(name)
+	}
+	if err != nil {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "write %s", name)
 	}
 	return nil
 }
 
-// write makes a file appear whole or not at all, in place of what it replaces.
-func (f *Folder) write(name, temporary string, raw []byte) error {
-	temp := filepath.Join(f.dir, temporary)
-	if err := writeFile(temp, raw, os.O_TRUNC); err != nil {
-		return err
-	}
-	if err := os.Rename(temp, filepath.Join(f.dir, name)); err != nil {
+// Finish gives Partial(name), which is durable already, its final name.
+func (f *Folder) Finish(name string) error {
+	if err := os.Rename(filepath.Join(f.dir, Partial(name)), filepath.Join(f.dir, name)); err != nil {
 		return err
 	}
 	return syncFolder(f.dir)
@@ -275,8 +279,8 @@ func (f *Folder) made(m marker, name string) bool {
 	if name == f.temporaryMarker() || strings.HasPrefix(name, probePrefix) {
 		return true
 	}
-	for _, file := range append(m.Files, MachineFile) {
-		if name == file && slices.Contains(m.Files, file) || strings.HasPrefix(name, partial(file)) {
+	for _, file := range append(slices.Clip(m.Files), MachineFile) {
+		if name == file && slices.Contains(m.Files, file) || strings.HasPrefix(name, Partial(file)) {
 			return true
 		}
 	}
@@ -298,5 +302,5 @@ func (f *Folder) Drop() error {
 	return nil
 }
 
-// partial begins the names of unfinished copies of a file.
-func partial(name string) string { return "." + name + ".partial" }
+// Partial begins the names of unfinished copies of a file. Clean-up removes them with it.
+func Partial(name string) string { return "." + name + ".partial" }

@@ -36,7 +36,7 @@ func (s *Sink) Disk(ctx context.Context, d replica.DiskState) (replica.DiskSink,
 	if err := s.folder.removePartials(name); err != nil {
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "remove what an earlier attempt left")
 	}
-	temp := filepath.Join(s.folder.dir, partial(name)+"-"+rand.Text())
+	temp := filepath.Join(s.folder.dir, Partial(name)+"-"+rand.Text())
 	image, err := vdisk.CreateVHD(temp, d.Size)
 	if err != nil {
 		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "make %s", name)
@@ -52,7 +52,7 @@ func (f *Folder) removePartials(name string) error {
 		return err
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), partial(name)) {
+		if !strings.HasPrefix(e.Name(), Partial(name)) {
 			continue
 		}
 		if err := os.Remove(filepath.Join(f.dir, e.Name())); err != nil && !errors.Is(err, os.ErrNotExist) {
