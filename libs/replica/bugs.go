@@ -13,4 +13,8 @@ type bugs struct {
 	HalfPass                   bool // I5: the first task completes a pass
 	SelfRaisedEpoch            bool // I3: the worker takes the head's epoch when its own is lower
 	NoEpoch, NoOpen            bool // I3: the epoch rule off, the open rule off
+	RewindNotComputedAgain     bool // I18: a rewind follows whatever head there is
+	RewindSkipsPartials        bool // I20: what only a pass changed is not set back
+	RewindSkipsRewinds         bool // I20: what an earlier rewind changed is not set back
+	RewindTrustsAnyRewind      bool // I21: any rewind of the failover counts as this one
 }

@@ -125,6 +125,7 @@ const (
 	maxText     = 1024
 	maxState    = 256
 	maxPassK    = 1 << 20
+	maxFailover = 128      // bytes of a failover id
 	maxDiskSize = 64 << 40 // the largest VHDX, 64 TiB
 )
 
@@ -185,7 +186,7 @@ func (m *Manifest) validateKind(bad func(string, ...any) error) error {
 		return bad("kind %s with point ordinal %d", m.Kind, m.Point)
 	case (m.Pass != nil) != wantPass:
 		return bad("kind %s: pass present %t", m.Kind, m.Pass != nil)
-	case wantFailover != (m.Failover != ""), m.Failover != "" && !validToken(m.Failover, 128):
+	case wantFailover != (m.Failover != ""), m.Failover != "" && !validToken(m.Failover, maxFailover):
 		return bad("kind %s with failover %q", m.Kind, m.Failover)
 	case wantPoint && m.CutTime.IsZero(), !wantPoint && !m.CutTime.IsZero():
 		return bad("kind %s: cut time present %t", m.Kind, !m.CutTime.IsZero())

@@ -204,6 +204,14 @@ func (s *Source) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if off < 0 || r.Len > s.d.Size || off > s.d.Size-r.Len {
 		return fmt.Errorf("read %d bytes at %d of a disk of %d: %w", len(p), off, s.d.Size, ErrInvalid)
 	}
+	f := s.fetcher()
+	defer s.idle(f)
+	return s.read(ctx, f, p, off)
+}
+
+// read is ReadAt for callers that keep a fetcher.
+func (s *Source) read(ctx context.Context, f *fetcher, p []byte, off int64) error {
+	r := extent.Range{Off: off, Len: int64(len(p))}
 	if s.base == nil {
 		clear(p)
 	} else {
@@ -213,8 +221,6 @@ func (s *Source) ReadAt(ctx context.Context, p []byte, off int64) error {
 			}
 		}
 	}
-	f := s.fetcher()
-	defer s.idle(f)
 	for it := range s.o.m.In(r) {
 		q := p[it.Off-off:][:it.Len]
 		if it.Val.seg == pieceZero {

@@ -13,6 +13,7 @@ const (
 	ckptPrefix    = "ckpt/"
 	diskPrefix    = "disks/"
 	retentionName = "retention.json"
+	rewindPrefix  = "seg/rewind-" // rule 25: what a rewind stores is named by its failover
 	jsonSuffix    = ".json"
 )
 
@@ -51,19 +52,24 @@ func NewTx() Tx {
 	return Tx(hex.EncodeToString(b[:]))
 }
 
-// SegmentKey places one segment: seg/<ordinal>-<tx>/<disk>-<k>.
+// SegmentKey places one segment: seg/<ordinal>-<tx>/<disk>-<k>, of a rewind seg/rewind-<failover>-<tx>/<disk>-<k>.
 type SegmentKey struct {
 	// Kind of the manifest that will name it: partials go to staging, all else to the journal.
 	Kind Kind
-	// Ordinal of the point or pass.
+	// Ordinal of the point or pass; not used for a rewind.
 	Ordinal Ordinal
-	Tx      Tx
-	DiskID  string
+	// Failover of a rewind; not used for other kinds.
+	Failover string
+	Tx       Tx
+	DiskID   string
 	// K numbers the segments of the disk within the attempt, from 0.
 	K int
 }
 
 func (k SegmentKey) name() string {
+	if k.Kind == KindRewind {
+		return fmt.Sprintf("%s%s-%s/%s-%d", rewindPrefix, k.Failover, k.Tx, k.DiskID, k.K)
+	}
 	return fmt.Sprintf("seg/%012d-%s/%s-%d", uint64(k.Ordinal), k.Tx, k.DiskID, k.K)
 }
 

@@ -146,6 +146,16 @@ func (r *Replica) openSegment(ctx context.Context, s Segment, keep int64) (*segD
 	return sd, nil
 }
 
+// openIndex reads a segment's index alone: usually one read of its tail.
+func (r *Replica) openIndex(ctx context.Context, s Segment) (*segData, error) {
+	sd := &segData{c: r.container(s.Container), name: s.Name}
+	var err error
+	if sd.ix, err = segment.ReadIndex(blobReader{ctx, sd.c, sd.name}, s.Bytes); err != nil {
+		return nil, fmt.Errorf("segment %s: %w", s.Name, err)
+	}
+	return sd, nil
+}
+
 // matches refuses a segment that is not what its manifest says.
 func (sd *segData) matches(l Lineage, m *Manifest, d DiskState) error {
 	h, want := sd.ix.Header, m.Ordinal()

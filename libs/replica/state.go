@@ -32,11 +32,10 @@ type State struct {
 	// Floor is the retention floor: manifests at or below it are gone.
 	Floor Seq
 
-	disks     map[string]DiskState
-	points    map[Ordinal]Seq
-	passes    map[Ordinal]*passState
-	fences    map[string]fenceSeqs
-	rewoundAt Seq
+	disks  map[string]DiskState
+	points map[Ordinal]Seq
+	passes map[Ordinal]*passState
+	fences map[string]fenceSeqs
 }
 
 // Fence is a close or an open.
@@ -273,7 +272,7 @@ func (s *State) next(m *Manifest, hash string, b *bugs) error {
 	case KindPartial:
 		s.nextPartial(m, b)
 	case KindRewind:
-		s.StateOrdinal, s.Running, s.rewoundAt = m.Base, false, m.Seq
+		s.StateOrdinal, s.Running = m.Base, false
 		s.Newest = s.points[m.Base]
 		f := s.fences[m.Failover]
 		f.rewound = m.Seq

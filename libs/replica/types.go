@@ -120,8 +120,10 @@ type Outcome int
 const (
 	// Committed: this call's manifest is in the chain.
 	Committed Outcome = iota + 1
-	// AlreadyCommitted: the ordinal (or pass task, or fence) was in the chain; nothing was written.
+	// AlreadyCommitted: the ordinal (or pass task, or fence, or rewind) was in the chain; nothing was written.
 	AlreadyCommitted
+	// NothingToDo: the chain's newest content is the rewind's target without it; nothing was written.
+	NothingToDo
 )
 
 // String names the outcome for logs.
@@ -131,11 +133,13 @@ func (o Outcome) String() string {
 		return "committed"
 	case AlreadyCommitted:
 		return "already committed"
+	case NothingToDo:
+		return "nothing to do"
 	}
 	return "unknown"
 }
 
-// Refusals of Commit: final for the task that asked. Each is returned only after the
+// Refusals of Commit, Rewind and the fences: final for the task that asked. Each is returned only after the
 // head was read from storage.
 var (
 	// ErrStaleEpoch: the task's epoch is below the head's.
@@ -156,6 +160,11 @@ var (
 	ErrHeadMoved = errors.New("head moved")
 	// ErrNotFenced: an open or rewind without its failover's close as the newest fence.
 	ErrNotFenced = errors.New("failover does not hold the fence")
+	// ErrReopened: the failover's open is in the chain; its close fences nothing any more.
+	ErrReopened = errors.New("failover ended: its open is in the chain")
+	// ErrDiskReplaced: a disk was replaced as a whole since the rewind's target. Such a point can be materialised, not
+	// rewound to.
+	ErrDiskReplaced = errors.New("a disk was replaced since that point")
 	// ErrRetired: the number committed is below the floor or in a retired range.
 	ErrRetired = errors.New("sequence number is retired")
 )
@@ -164,7 +173,7 @@ var (
 // ErrHeadMoved is one too: its proposal has to be computed again.
 func IsRefusal(err error) bool {
 	for _, r := range []error{ErrStaleEpoch, ErrClosed, ErrStaleOpen, ErrBaseAhead, ErrNoBase, ErrOrdinalUsed,
-		ErrPassOrder, ErrHeadMoved, ErrNotFenced} {
+		ErrPassOrder, ErrHeadMoved, ErrNotFenced, ErrReopened, ErrDiskReplaced} {
 		if errors.Is(err, r) {
 			return true
 		}

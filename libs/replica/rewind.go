@@ -1,0 +1,251 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/segment"
+)
+
+// maxRewindTries bounds how often one Rewind is computed. Under a close only the same failover can move the head, so
+// a race means two orchestrators of one failover.
+const maxRewindTries = 8
+
+// RewindOptions say what to set back. Failover and Target are required.
+type RewindOptions struct {
+	// Failover whose close is the newest fence.
+	Failover string
+	// Target is the ordinal of any base or point in the chain, also one above which a rewind stands: rewinds go back and
+	// forth.
+	Target Ordinal
+	// Parallel is how many segments are built at once, each taking up to about 45 MiB of memory; default 2. With 1 no
+	// goroutine is started.
+	Parallel int
+	// Compression of the segments; default segment.Fast.
+	Compression segment.Compression
+	// Host, Reason and Trace go into the manifest.
+	Host, Reason, Trace string
+	// Progress, when set, hears how many bytes of the disks are set back and how many there are, from any goroutine.
+	// It begins again when the rewind is computed again.
+	Progress func(done, total int64)
+}
+
+// RewindResult of a Rewind that did not fail.
+type RewindResult struct {
+	// Outcome: Committed; AlreadyCommitted when this failover's rewind to the target is the newest content; NothingToDo
+	// when the newest content is the target (or an older failover's rewind to it) anyway.
+	Outcome Outcome
+	// Seq is the manifest whose content is the target's: the rewind, or the target itself.
+	Seq Seq
+	// TargetSeq is the target's own manifest.
+	TargetSeq Seq
+	// Segments of the rewind, and the bytes they take in storage.
+	Segments int
+	Bytes    int64
+	// SetBack is how many bytes of the disks this call set back, Zeros how many of them to zeros; 0 unless Committed.
+	SetBack, Zeros int64
+	// Tries is how often it was computed.
+	Tries int
+}
+
+// Rewind makes the chain's newest content that of an earlier (or later) point: it stores the target's bytes of every
+// extent that any manifest above the target changed, and commits them as a rewind exactly on the head they were
+// computed from (rules 6, 16, 17). Afterwards the state ordinal is the target's, running passes are void, and points
+// above stay listed and reachable. A disk the target did not have becomes zeros where it was written since; one that
+// was removed since comes back.
+//
+// It is idempotent: after an error that is none of those below, call it again. ErrNotFenced: the failover's close is
+// not the newest fence. ErrNotFound: no such point. ErrDiskReplaced. ErrNotReachable: retention took what the target
+// needs. ErrContention: another orchestrator of the same failover kept moving the head.
+func (r *Replica) Rewind(ctx context.Context, o RewindOptions) (RewindResult, error) {
+	if o.Parallel == 0 {
+		o.Parallel = 2
+	}
+	res, err := r.rewind(ctx, &o)
+	if err != nil {
+		return RewindResult{}, fmt.Errorf("rewind lineage %s to point %d by failover %s: %w", r.lineage, o.Target, o.Failover, err)
+	}
+	return res, nil
+}
+
+func (r *Replica) rewind(ctx context.Context, o *RewindOptions) (RewindResult, error) {
+	if !validToken(o.Failover, maxFailover) || o.Target == 0 || o.Parallel < 1 || o.Parallel > 16 {
+		return RewindResult{}, fmt.Errorf("failover %q, parallel %d: %w", o.Failover, o.Parallel, ErrInvalid)
+	}
+	for try := 1; try <= maxRewindTries; try++ {
+		res, err := r.rewindOnce(ctx, o)
+		if errors.Is(err, ErrHeadMoved) {
+			continue
+		}
+		res.Tries = try
+		return res, err
+	}
+	return RewindResult{}, fmt.Errorf("the head moved %d times: %w", maxRewindTries, ErrContention)
+}
+
+// rewindOnce computes from one head and commits on it, or not at all.
+func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions) (res RewindResult, err error) {
+	st, entries, err := r.snapshotChain(ctx)
+	if err != nil {
+		return res, err
+	}
+	if _, err := st.admit(&Manifest{Kind: KindRewind, Failover: o.Failover, Base: o.Target}, &r.bugs); err != nil {
+		return res, err
+	}
+	res.TargetSeq = st.points[o.Target]
+	i := slices.IndexFunc(entries, func(e Entry) bool { return e.Seq == res.TargetSeq })
+	if i < 0 {
+		return res, fmt.Errorf("manifest %d: %w", res.TargetSeq, ErrNotFound)
+	}
+	target, newest := entries[i], entries[i]
+	for _, e := range entries {
+		if e.Seq > newest.Seq && !e.Kind.IsFence() {
+			newest = e
+		}
+	}
+	if done, err := r.alreadyAt(ctx, o, newest, &res); done || err != nil {
+		return res, err
+	}
+	m, err := r.Manifest(ctx, target.Seq)
+	if err != nil {
+		return res, err
+	}
+	backs, err := r.planRewind(ctx, st, entries, target)
+	if err != nil {
+		return res, err
+	}
+	p := Proposal{Kind: KindRewind, Base: o.Target, Failover: o.Failover, At: st.Head + 1, Config: m.Config,
+		Host: o.Host, Reason: o.Reason, Trace: o.Trace}
+	if r.bugs.RewindNotComputedAgain {
+		p.At = 0
+	}
+	if err := r.packRewind(ctx, o, backs, &res); err != nil {
+		return res, err
+	}
+	for _, b := range backs {
+		d := Disk{ID: b.d.ID, Gen: b.d.Gen, Size: b.d.Size, Segments: b.segs}
+		p.Disks = append(p.Disks, d)
+		res.Segments += len(d.Segments)
+		for _, s := range d.Segments {
+			res.Bytes += s.Bytes
+		}
+	}
+	c, err := r.Commit(ctx, p)
+	res.Outcome, res.Seq = c.Outcome, c.Seq
+	return res, err
+}
+
+// alreadyAt reports whether the newest content is the target's, and fills res then.
+func (r *Replica) alreadyAt(ctx context.Context, o *RewindOptions, newest Entry, res *RewindResult) (bool, error) {
+	res.Seq = newest.Seq
+	if newest.Seq == res.TargetSeq {
+		res.Outcome = NothingToDo
+		return true, nil
+	}
+	if newest.Kind != KindRewind {
+		return false, nil
+	}
+	m, err := r.Manifest(ctx, newest.Seq)
+	if err != nil {
+		return false, err
+	}
+	if m.Base != o.Target && !r.bugs.RewindTrustsAnyRewind {
+		return false, nil
+	}
+	if m.Failover != o.Failover {
+		res.Outcome = NothingToDo
+		return true, nil
+	}
+	res.Outcome, res.Bytes = AlreadyCommitted, newest.Bytes
+	for _, d := range m.Disks {
+		res.Segments += len(d.Segments)
+	}
+	return true, nil
+}
+
+// back is one disk to set back.
+type back struct {
+	d       DiskState  // as the rewind lists it
+	at      Seq        // where to read it; 0: the target had no such disk, which reads as zeros
+	changed extent.Set // where head and target may differ
+	segs    []Segment
+}
+
+// planRewind says what of each disk to set back: what any manifest above the target says anything about. Where that
+// is not known (the disk left the chain in between, or manifests are retired) it is the whole disk.
+func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, target Entry) ([]*back, error) {
+	entries = slices.DeleteFunc(slices.Clone(entries), func(e Entry) bool { return e.Seq <= target.Seq })
+	gap := Seq(len(entries)) != st.Head-target.Seq
+	var backs []*back
+	for _, d := range sortedDisks(target.disks) {
+		now, ok := st.disks[d.ID]
+		if ok && now.Gen != d.Gen {
+			return nil, fmt.Errorf("disk %s: generation %d at the point, %d now: %w", d.ID, d.Gen, now.Gen, ErrDiskReplaced)
+		}
+		b := &back{d: d, at: target.Seq}
+		if !ok || gap || now.First != d.First {
+			b.changed.Add(wholeDisk(d))
+		}
+		backs = append(backs, b)
+	}
+	for _, d := range st.Disks() {
+		if _, ok := target.disks[d.ID]; !ok {
+			b := &back{d: d}
+			if gap {
+				b.changed.Add(wholeDisk(d))
+			}
+			backs = append(backs, b)
+		}
+	}
+	slices.SortFunc(backs, func(a, b *back) int { return strings.Compare(a.d.ID, b.d.ID) })
+	if gap {
+		return backs, nil // every disk is set back whole
+	}
+	for _, e := range entries {
+		if e.Kind.IsFence() || r.bugs.RewindSkipsPartials && e.Kind == KindPartial || r.bugs.RewindSkipsRewinds && e.Kind == KindRewind {
+			continue
+		}
+		m, err := r.Manifest(ctx, e.Seq)
+		if err != nil {
+			return nil, err
+		}
+		for _, b := range backs {
+			if err := r.addChanged(ctx, b, m); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return backs, nil
+}
+
+// addChanged adds what one manifest says about the disk. Only indexes are read.
+func (r *Replica) addChanged(ctx context.Context, b *back, m *Manifest) error {
+	if b.changed.Covers(wholeDisk(b.d)) {
+		return nil
+	}
+	list := collect(nil, m, b.d)
+	for len(list) > 0 {
+		n := min(len(list), max(r.opens, 1))
+		opened := make([]*segData, n)
+		if err := inParallel(ctx, n, func(ctx context.Context, i int) (err error) {
+			opened[i], err = r.openIndex(ctx, list[i].s)
+			return err
+		}); err != nil {
+			return err
+		}
+		for _, sd := range opened {
+			if err := sd.matches(r.lineage, m, b.d); err != nil {
+				return fmt.Errorf("manifest %d: segment %s: %w", m.Seq, sd.name, err)
+			}
+			for _, e := range sd.ix.Extents {
+				b.changed.Add(extent.Range{Off: e.Off, Len: e.Len})
+			}
+		}
+		list = list[n:]
+	}
+	return nil
+}
