@@ -37,7 +37,7 @@ func copyAndDeltas(t *testing.T, h *harness) {
 	require.NoError(t, err)
 	h.point()
 	for i := range 3 {
-		h.write(h.first(), int64(i)*mib+4096, uint64(20+i), 5000)
+		h.write(h.first(), int64(i)*mib+4096, uint64(20+i), 5120)
 		h.write(h.second(), 9*mib+int64(i)*512, uint64(30+i), 512)
 		h.zero(h.first(), int64(i)*2*mib, 128<<10)
 		require.Less(t, h.point(), int64(4*mib), "a delta is what changed, not the disk")
