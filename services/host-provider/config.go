@@ -2,9 +2,11 @@ package hostprovider
 
 import (
 	"errors"
-	"fmt"
+	"path/filepath"
 	"regexp"
 	"time"
+
+	"github.com/landfall-dr/landfall/libs/config"
 )
 
 // Config of the host-provider.
@@ -13,8 +15,12 @@ type Config struct {
 	Site string `koanf:"site"`
 	// Host is this host's name within the site.
 	Host string `koanf:"host"`
+	// Driver is the kind of hypervisor: imagedir (also when empty) or qemu.
+	Driver string `koanf:"driver" help:"kind of hypervisor: imagedir or qemu"`
 	// Images is the folder of machine folders, for driver imagedir.
 	Images string `koanf:"images"`
+	// QEMU is for driver qemu.
+	QEMU QEMUConfig `koanf:"qemu"`
 	// ScanInterval is how often machines that came or went are looked for.
 	ScanInterval time.Duration `koanf:"scan_interval"`
 	// Heartbeat is how often the host record is renewed.
@@ -25,12 +31,38 @@ type Config struct {
 	ChangeTrackerAddress string `koanf:"change_tracker_address"`
 }
 
+// Drivers.
+const (
+	// DriverImagedir has folders of disk images.
+	DriverImagedir = "imagedir"
+	// DriverQEMU has QEMU's monitors.
+	DriverQEMU = "qemu"
+)
+
+// QEMUConfig is what driver qemu is told. Its problems are found by [Config.Validate], when it is the driver.
+type QEMUConfig struct {
+	// Machines is the folder of definitions and monitor sockets (docs/formats/qemu-machine.md).
+	Machines string `koanf:"machines" help:"folder of NAME.yaml definitions and NAME.qmp sockets"`
+	// StateDir keeps what the driver must remember of points, passes and fences.
+	StateDir string `koanf:"state_dir" help:"folder of what is remembered of points and fences"`
+	// ScratchDir holds the frozen copies of points while they are shipped; empty means a folder in StateDir.
+	ScratchDir string `koanf:"scratch_dir" help:"folder of the frozen copies of points; default: in state_dir"`
+}
+
+// Scratch is where frozen copies are.
+func (c QEMUConfig) Scratch() string {
+	if c.ScratchDir != "" {
+		return c.ScratchDir
+	}
+	return filepath.Join(c.StateDir, "scratch")
+}
+
 // token is a name in subjects and resource names (docs/events.md).
 var token = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
 
-// Default is a sensible configuration; Images, Address and ChangeTrackerAddress have none.
+// Default is a sensible configuration; the driver's folders, Address and ChangeTrackerAddress have none.
 func Default() Config {
-	return Config{Site: "local", Host: "host-1", ScanInterval: 10 * time.Second, Heartbeat: 10 * time.Second}
+	return Config{Site: "local", Host: "host-1", Driver: DriverImagedir, ScanInterval: 10 * time.Second, Heartbeat: 10 * time.Second}
 }
 
 // Validate reports all problems at once, each with its key.
@@ -38,12 +70,22 @@ func (c Config) Validate() error {
 	var problems []error
 	for _, f := range []struct{ key, value string }{{"site", c.Site}, {"host", c.Host}} {
 		if !token.MatchString(f.value) {
-			problems = append(problems, fmt.Errorf("%s: %q must be 1 to 64 of a-z, 0-9 and inner hyphens", f.key, f.value))
+			problems = append(problems, config.Bad(f.key, "%q must be 1 to 64 of a-z, 0-9 and inner hyphens", f.value))
 		}
 	}
-	for _, f := range []struct{ key, value string }{{"images", c.Images}, {"address", c.Address}, {"change_tracker_address", c.ChangeTrackerAddress}} {
+	type setting struct{ key, value string }
+	must := []setting{{"address", c.Address}, {"change_tracker_address", c.ChangeTrackerAddress}}
+	switch c.Driver {
+	case DriverImagedir, "":
+		must = append(must, setting{"images", c.Images})
+	case DriverQEMU:
+		must = append(must, setting{"qemu.machines", c.QEMU.Machines}, setting{"qemu.state_dir", c.QEMU.StateDir})
+	default:
+		problems = append(problems, config.Bad("driver", "%q is not imagedir or qemu", c.Driver))
+	}
+	for _, f := range must {
 		if f.value == "" {
-			problems = append(problems, fmt.Errorf("%s: must not be empty", f.key))
+			problems = append(problems, config.Bad(f.key, "must not be empty"))
 		}
 	}
 	for _, f := range []struct {
@@ -51,7 +93,7 @@ func (c Config) Validate() error {
 		value time.Duration
 	}{{"scan_interval", c.ScanInterval}, {"heartbeat", c.Heartbeat}} {
 		if f.value < 100*time.Millisecond || f.value > 10*time.Minute {
-			problems = append(problems, fmt.Errorf("%s: %s must be 100ms to 10m", f.key, f.value))
+			problems = append(problems, config.Bad(f.key, "%s must be 100ms to 10m", f.value))
 		}
 	}
 	return errors.Join(problems...)

@@ -22,6 +22,13 @@ type Machine struct {
 	ScratchDir string
 	// Disks in order. Only those that are replicated.
 	Disks []Disk
+	// Start is the program and its arguments that start the machine; empty when only an operator can.
+	Start []string
+	// StartDir is the folder in which Start runs.
+	StartDir string
+	// Description is the machine as callers of the host see it, with the power state of the last look: unspecified when QEMU
+	// did not answer. Nil until QEMU answered once. Its fence is not filled in. Clone it before changing it.
+	Description *typesv1.Machine
 	// Problem says why the machine cannot be used now, for example that the definition names a disk that QEMU does not
 	// have; nil when nothing is known against it.
 	Problem error
