@@ -21,6 +21,11 @@ type Config struct {
 	RetryDelay time.Duration `koanf:"retry_delay"`
 	// Attempts is how often a step is tried before the failover fails.
 	Attempts int `koanf:"attempts"`
+	// SourceTimeout is how long a planned failover waits for its source to stop.
+	SourceTimeout time.Duration `koanf:"source_timeout"`
+	// Machine is the name of this machine in the records of failovers; empty takes the host name. Set it where the host
+	// name does not last, as in containers: a copy is only removed from the machine that made it.
+	Machine string `koanf:"machine"`
 }
 
 // site is a token of event subjects (docs/events.md).
@@ -28,7 +33,7 @@ var site = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
 
 // Default is a sensible configuration.
 func Default() Config {
-	return Config{Site: "local", Workers: 2, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5}
+	return Config{Site: "local", Workers: 4, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5, SourceTimeout: time.Hour}
 }
 
 // Validate reports all problems at once, each with its key.
@@ -50,6 +55,12 @@ func (c Config) Validate() error {
 	}
 	if c.RetryDelay <= 0 || c.RetryDelay > time.Minute {
 		problems = append(problems, fmt.Errorf("retry_delay: %s must be above 0 and at most 1m", c.RetryDelay))
+	}
+	if c.SourceTimeout < time.Second || c.SourceTimeout > 7*24*time.Hour {
+		problems = append(problems, fmt.Errorf("source_timeout: %s must be 1s to 168h", c.SourceTimeout))
+	}
+	if len(c.Machine) > 253 {
+		problems = append(problems, fmt.Errorf("machine: %d characters, at most 253 are allowed", len(c.Machine)))
 	}
 	return errors.Join(problems...)
 }

@@ -10,30 +10,98 @@ import (
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
+	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
 // owner is the service name in the jobs that this service writes.
 const owner = "failover-orchestrator"
 
-// Steps of a test failover and of its clean-up, in order.
+// Steps of jobs.
 const (
 	stepCheck       = "check-target"
+	stepStopSource  = "stop-source"
+	stepClose       = "close-lineage"
+	stepChoose      = "choose-point"
 	stepClaim       = "claim-target"
 	stepMaterialise = "materialise-disks"
 	stepDescribe    = "describe-machine"
+	stepBoot        = "boot-machine"
+	stepRewind      = "rewind-replica"
+	stepDrain       = "drain-journal"
 	stepRemove      = "remove-copy"
+	stepShutdown    = "stop-machine"
+	stepOpen        = "open-lineage"
+	stepCommit      = "confirm-close"
 )
 
-var (
-	testSteps = []*typesv1.JobStep{
-		{Id: stepCheck, Title: "Check the target folder"},
-		{Id: stepClaim, Title: "Claim the target folder"},
-		{Id: stepMaterialise, Title: "Write the disks of the recovery point"},
-		{Id: stepDescribe, Title: "Describe the machine"},
+// titles are what people read.
+var titles = map[string]string{
+	stepCheck:       "Check the target folder",
+	stepStopSource:  "Stop the source and send its last changes",
+	stepClose:       "Close the lineage: nothing of the source counts any more",
+	stepChoose:      "Choose the recovery point",
+	stepClaim:       "Claim the target folder",
+	stepMaterialise: "Write the disks of the recovery point",
+	stepDescribe:    "Describe the machine",
+	stepBoot:        "Boot the machine",
+	stepRewind:      "Set the replica back to the recovery point",
+	stepDrain:       "Ask for the journal to be applied",
+	stepRemove:      "Remove what the failover made",
+	stepShutdown:    "Stop the recovered machine",
+	stepOpen:        "Open the lineage again",
+	stepCommit:      "Confirm that the lineage stays closed",
+}
+
+func stepList(ids ...string) (out []*typesv1.JobStep) {
+	for _, id := range ids {
+		out = append(out, &typesv1.JobStep{Id: id, Title: titles[id]})
 	}
+	return out
+}
+
+var (
 	cleanupSteps = []*typesv1.JobStep{{Id: stepRemove, Title: "Remove what the test failover made"}}
+	commitSteps  = stepList(stepCommit)
 )
+
+// testSteps are those of the job that makes a test failover, in order.
+func (s *Service) testSteps(f *failoverv1.Failover) []*typesv1.JobStep {
+	return stepList(append([]string{stepCheck}, s.copySteps(f)...)...)
+}
+
+func (s *Service) copySteps(f *failoverv1.Failover) []string {
+	ids := []string{stepClaim, stepMaterialise, stepDescribe}
+	if s.boots(f) {
+		ids = append(ids, stepBoot)
+	}
+	return ids
+}
+
+func (s *Service) boots(f *failoverv1.Failover) bool {
+	t, err := s.target(f.Target)
+	return err == nil && t.Boots()
+}
+
+// startSteps are those of the job that carries out a planned or unplanned failover. The last two run beside the ones
+// that bring the copy up.
+func (s *Service) startSteps(f *failoverv1.Failover) []*typesv1.JobStep {
+	ids := []string{stepCheck}
+	if f.Kind == failoverv1.FailoverKind_FAILOVER_KIND_PLANNED {
+		ids = append(ids, stepStopSource)
+	}
+	ids = append(ids, stepClose, stepChoose)
+	ids = append(ids, s.copySteps(f)...)
+	return stepList(append(ids, stepRewind, stepDrain)...)
+}
+
+// cancelSteps are those of the job that cancels a failover.
+func (s *Service) cancelSteps(f *failoverv1.Failover) []*typesv1.JobStep {
+	if s.boots(f) {
+		return stepList(stepShutdown, stepRemove, stepOpen)
+	}
+	return stepList(stepRemove, stepOpen)
+}
 
 func newJob(name string, kind typesv1.JobKind, target, by, request string, now *timestamppb.Timestamp, steps []*typesv1.JobStep) *typesv1.Job {
 	j := &typesv1.Job{Name: name, Kind: kind, Target: target, State: typesv1.JobState_JOB_STATE_NOT_STARTED, CreateTime: now, RequestedBy: by, Owner: owner, RequestId: request}
@@ -87,7 +155,7 @@ func (s *Service) job(ctx context.Context, name string, change func(j *typesv1.J
 	return j, nil
 }
 
-// step moves one step of a job; a step that succeeded is left as it is.
+// step moves one step of a job; a step that is done is left as it is.
 func (s *Service) step(ctx context.Context, job, id string, state typesv1.JobState, detail string) error {
 	now := timestamppb.New(s.deps.Clock())
 	begun := false
@@ -98,7 +166,7 @@ func (s *Service) step(ctx context.Context, job, id string, state typesv1.JobSta
 		}
 		j.State = typesv1.JobState_JOB_STATE_IN_PROGRESS
 		for _, st := range j.Steps {
-			if st.Id != id || st.State == typesv1.JobState_JOB_STATE_SUCCEEDED {
+			if st.Id != id || st.State == typesv1.JobState_JOB_STATE_SUCCEEDED || st.State == typesv1.JobState_JOB_STATE_SKIPPED {
 				continue
 			}
 			st.State, st.Detail = state, detail
@@ -121,18 +189,25 @@ func (s *Service) changed(ctx context.Context, j *typesv1.Job) {
 	s.publish(ctx, "job.changed", j.Target, bus.EventID("job", j.Name, j.State.String()), &eventsv1.JobChanged{Job: j})
 }
 
+// errCancelled ends a job that a person gave up.
+var errCancelled = errors.New("cancelled")
+
 // endJob ends a job, with an error or without, and tells everybody.
 func (s *Service) endJob(ctx context.Context, name string, cause error, result func(*typesv1.Job)) error {
 	now := timestamppb.New(s.deps.Clock())
 	j, err := s.job(ctx, name, func(j *typesv1.Job) {
 		j.EndTime = now
-		j.State = typesv1.JobState_JOB_STATE_SUCCEEDED
-		if cause != nil {
+		switch {
+		case cause == nil:
+			j.State = typesv1.JobState_JOB_STATE_SUCCEEDED
+		case errors.Is(cause, errCancelled):
+			j.State = typesv1.JobState_JOB_STATE_CANCELLED
+		default:
 			j.State, j.Error = typesv1.JobState_JOB_STATE_FAILED, errcat.Detail(cause, s.deps.Clock())
-			for _, st := range j.Steps {
-				if st.State == typesv1.JobState_JOB_STATE_IN_PROGRESS {
-					st.State, st.Error, st.EndTime = typesv1.JobState_JOB_STATE_FAILED, j.Error, now
-				}
+		}
+		for _, st := range j.Steps {
+			if cause != nil && st.State == typesv1.JobState_JOB_STATE_IN_PROGRESS {
+				st.State, st.Error, st.EndTime = j.State, j.Error, now
 			}
 		}
 		result(j)

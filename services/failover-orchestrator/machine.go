@@ -13,7 +13,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/replica"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/failover-orchestrator/vhdtarget"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
 )
 
 // describedVersion is the version of vm.json (docs/formats/vhd-target.md).
@@ -78,32 +78,22 @@ func machineAt(ctx context.Context, r *replica.Replica, m *replica.Manifest, pre
 	return machine, nil
 }
 
-// describe writes vm.json: the machine as it was at the point, with the files of its disks.
-func (s *Service) describe(ctx context.Context, r *replica.Replica, f *failoverv1.Failover, folder *vhdtarget.Folder) error {
-	if err := folder.Require(); err != nil {
-		return err
-	}
-	m, err := r.Find(ctx, replica.Ordinal(f.Point))
-	if err != nil {
-		return chainError(err, "find point %d", f.Point)
-	}
-	machine, err := machineAt(ctx, r, m, f.Machine)
-	if err != nil {
-		return err
-	}
+// describe is vm.json: the machine as it was at the point, with the files of its disks.
+func describe(t target.Target, f *failoverv1.Failover, m *replica.Manifest, machine *typesv1.Machine) ([]byte, error) {
+	machine = proto.CloneOf(machine)
 	for _, d := range machine.Disks {
-		d.Path, d.Format, d.ExportUri = vhdtarget.DiskFile(d.Id), typesv1.DiskFormat_DISK_FORMAT_VHD, ""
+		d.Path, d.Format, d.ExportUri = t.DiskFile(d.Id), typesv1.DiskFormat_DISK_FORMAT_VHD, ""
 	}
 	body, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(machine)
 	if err != nil {
-		return fmt.Errorf("encode machine: %w", err)
+		return nil, fmt.Errorf("encode machine: %w", err)
 	}
 	raw, err := json.MarshalIndent(described{
 		Version: describedVersion, Failover: f.Name, Lineage: f.Lineage, Point: f.Point, Sequence: m.Seq,
 		CutTime: m.CutTime.UTC().Format(time.RFC3339Nano), Consistency: m.Consistency, Machine: body,
 	}, "", "  ")
 	if err != nil {
-		return fmt.Errorf("encode %s: %w", vhdtarget.MachineFile, err)
+		return nil, fmt.Errorf("encode the machine's description: %w", err)
 	}
-	return folder.WriteMachine(append(raw, '\n'))
+	return append(raw, '\n'), nil
 }

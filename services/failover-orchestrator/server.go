@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -17,7 +18,7 @@ import (
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/failover-orchestrator/vhdtarget"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
 )
 
 // requests is the name space of failover ids made from request ids, so that a repeated request finds its failover.
@@ -35,10 +36,11 @@ var testable = []typesv1.ProtectionState{
 }
 
 func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestFailoverRequest) (*failoverv1.StartTestFailoverResponse, error) {
-	if r.Target != failoverv1.TargetKind_TARGET_KIND_VHD {
-		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_UNSUPPORTED, "this version has target vhd only, not %s", r.Target)
+	t, err := h.s.target(r.Target)
+	if err != nil {
+		return nil, err
 	}
-	vm, err := h.vm(ctx, r.Vm)
+	vm, err := h.s.findVM(ctx, r.Vm)
 	if err != nil {
 		return nil, err
 	}
@@ -52,31 +54,26 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 		}
 	}
 	if !slices.Contains(testable, vm.State) {
-		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "a test failover is not possible while %s is %s", vm.DisplayName, stateName(vm.State)).With("state", vm.State.String())
+		return nil, illegal("a test failover", vm)
 	}
-	if other, err := h.active(ctx, vm.Name); err != nil {
-		return nil, err
-	} else if other != nil {
-		return nil, testActive(vm.DisplayName, other)
-	}
-	folder, err := vhdtarget.New(r.OutDir, id)
-	if err != nil {
-		return nil, err
-	}
-	if _, err := folder.Check(); err != nil {
+	if err := h.nothingActive(ctx, vm, true); err != nil {
 		return nil, err
 	}
 	point, machine, err := h.point(ctx, vm, r.Point)
 	if err != nil {
 		return nil, err
 	}
-	if r.ValidateOnly {
-		return &failoverv1.StartTestFailoverResponse{}, nil
-	}
 	f := &failoverv1.Failover{
 		Name: "failovers/" + id, Vm: vm.Name, Lineage: vm.Lineage, State: typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING,
-		Point: uint64(point.Ordinal), CutTime: timestamppb.New(point.CutTime), Target: r.Target, OutDir: folder.Path(),
+		Kind: failoverv1.FailoverKind_FAILOVER_KIND_TEST, Selector: r.Point,
+		Point: uint64(point.Ordinal), CutTime: timestamppb.New(point.CutTime), Target: r.Target, OutDir: filepath.Clean(r.OutDir), Qemu: r.Qemu,
 		Job: "jobs/" + uuid.Must(uuid.NewV7()).String(), CreateTime: timestamppb.New(h.s.deps.Clock()), Machine: machine,
+	}
+	if _, err := t.Check(ctx, checkPlan(f, r.OutDir)); err != nil {
+		return nil, err
+	}
+	if r.ValidateOnly {
+		return &failoverv1.StartTestFailoverResponse{}, nil
 	}
 	rev, err := h.s.failovers.Create(ctx, bus.Key(id), f)
 	if errors.Is(err, bus.ErrExists) { // the same request, twice at once
@@ -104,9 +101,41 @@ func (h *server) StartTestFailover(ctx context.Context, r *failoverv1.StartTestF
 	return out, nil
 }
 
+// checkPlan is the plan with the folder as the caller gave it, which the target judges.
+func checkPlan(f *failoverv1.Failover, dir string) target.Plan {
+	p := planOf(f)
+	p.Dir = dir
+	return p
+}
+
+func illegal(what string, vm *schedulerv1.ProtectedVm) error {
+	return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "%s is not possible while %s is %s", what, vm.DisplayName, stateName(vm.State)).With("state", vm.State.String())
+}
+
+// nothingActive refuses while another failover of the VM stands in the way: a test (where that matters), or one for real.
+func (h *server) nothingActive(ctx context.Context, vm *schedulerv1.ProtectedVm, tests bool) error {
+	if tests {
+		if other, err := h.active(ctx, vm.Name); err != nil {
+			return err
+		} else if other != nil {
+			return testActive(vm.DisplayName, other)
+		}
+	}
+	all, err := h.s.failoversOf(ctx, vm.Name)
+	if err != nil {
+		return err
+	}
+	for _, o := range all {
+		if !over(o) && o.Phase != failed { // one that failed is judged by the VM's state
+			return failoverActive(vm.DisplayName, o)
+		}
+	}
+	return nil
+}
+
 // started answers with the failover's job, which may have to be made still.
 func (h *server) started(ctx context.Context, f *failoverv1.Failover, request string) (*failoverv1.StartTestFailoverResponse, error) {
-	job := newJob(f.Job, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, f.Vm, caller(ctx), request, f.CreateTime, testSteps)
+	job := newJob(f.Job, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, f.Vm, caller(ctx), request, f.CreateTime, h.s.testSteps(f))
 	if err := h.s.ensureJob(ctx, job); err != nil {
 		return nil, storeError(err)
 	}
@@ -124,14 +153,6 @@ func (h *server) readJob(ctx context.Context, name string) (*typesv1.Job, error)
 	}
 	j.Revision = rev
 	return j, nil
-}
-
-func (h *server) vm(ctx context.Context, name string) (*schedulerv1.ProtectedVm, error) {
-	r, err := h.s.deps.Scheduler.GetProtectedVm(ctx, &schedulerv1.GetProtectedVmRequest{Vm: name})
-	if err != nil {
-		return nil, err
-	}
-	return r.Vm, nil
 }
 
 // point finds the point that a selector means, and the machine as it was then.
@@ -160,10 +181,6 @@ func (h *server) point(ctx context.Context, vm *schedulerv1.ProtectedVm, s *fail
 	return point, machine, err
 }
 
-func testActive(vm string, other *failoverv1.Failover) error {
-	return errcat.New(typesv1.ErrorReason_ERROR_REASON_TEST_FAILOVER_ACTIVE, "%s has a test failover already, %s in %s", vm, lastPart(other.Name), other.OutDir).With("failover", other.Name)
-}
-
 // rival is another test failover of the same VM that goes before f: one that is under way or up, or of two that begin
 // at once the one asked for first.
 func (s *Service) rival(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
@@ -173,20 +190,24 @@ func (s *Service) rival(ctx context.Context, f *failoverv1.Failover) (*failoverv
 	}
 	for _, e := range entries {
 		o := e.Value
-		if o.Vm != f.Vm || o.Name == f.Name || !active(o.State) {
+		if o.Vm != f.Vm || o.Name == f.Name || !active(o) {
 			continue
 		}
-		first := cmp.Or(o.CreateTime.AsTime().Compare(f.CreateTime.AsTime()), strings.Compare(o.Name, f.Name)) < 0
-		if o.State != typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || first {
+		if o.State != typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || age(o, f) < 0 {
 			return o, nil
 		}
 	}
 	return nil, nil
 }
 
-// active says whether a test failover in that state has, or may have, something to clean up.
-func active(state typesv1.TestFailoverState) bool {
-	return state != typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE && state != typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED
+// age orders failovers, oldest first.
+func age(a, b *failoverv1.Failover) int {
+	return cmp.Or(a.CreateTime.AsTime().Compare(b.CreateTime.AsTime()), strings.Compare(a.Name, b.Name))
+}
+
+// active says whether a failover is a test that has, or may have, something to clean up.
+func active(f *failoverv1.Failover) bool {
+	return isTest(f) && f.State != typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE && f.State != typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED
 }
 
 // active finds a test failover of the VM that is not cleaned up. One that failed has removed what it made.
@@ -196,7 +217,7 @@ func (h *server) active(ctx context.Context, vm string) (*failoverv1.Failover, e
 		return nil, storeError(err)
 	}
 	for _, e := range entries {
-		if e.Value.Vm == vm && active(e.Value.State) {
+		if e.Value.Vm == vm && active(e.Value) {
 			return e.Value, nil
 		}
 	}
@@ -217,7 +238,7 @@ func (h *server) cleanable(ctx context.Context, vm *schedulerv1.ProtectedVm, req
 	}
 	var newest *failoverv1.Failover
 	for _, e := range entries {
-		if e.Value.Vm == vm.Name && (newest == nil || e.Value.CreateTime.AsTime().After(newest.CreateTime.AsTime())) {
+		if e.Value.Vm == vm.Name && isTest(e.Value) && (newest == nil || e.Value.CreateTime.AsTime().After(newest.CreateTime.AsTime())) {
 			newest = e.Value
 		}
 	}
@@ -243,7 +264,7 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 		if r.Vm == "" {
 			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "name the VM or the failover")
 		}
-		vm, err := h.vm(ctx, r.Vm)
+		vm, err := h.s.findVM(ctx, r.Vm)
 		if err != nil {
 			return nil, err
 		}
@@ -252,6 +273,9 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 		}
 	}
 	f, _, err := h.s.failovers.Mutate(ctx, failoverKey(name), func(f *failoverv1.Failover) error {
+		if !isTest(f) {
+			return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "%s is a %s failover: commit or cancel it", lastPart(name), kindName(f))
+		}
 		switch f.State {
 		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANUP_FAILED, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
 			f.State, f.Error = typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP, nil
@@ -312,7 +336,7 @@ func (h *server) ListFailovers(ctx context.Context, r *failoverv1.ListFailoversR
 	vm := r.Vm
 	if vm != "" {
 		// A VM that is no longer protected keeps its records under its resource name.
-		v, err := h.vm(ctx, vm)
+		v, err := h.s.findVM(ctx, vm)
 		switch {
 		case err == nil:
 			vm = v.Name

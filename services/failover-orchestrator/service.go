@@ -20,6 +20,7 @@ import (
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
 )
 
 // leaseName is the singleton's lease in bucket "leases".
@@ -36,8 +37,10 @@ type Deps struct {
 	MeterProvider  metric.MeterProvider
 	Bus            *bus.Bus
 	Store          blobstore.Store
-	// Scheduler reads VM records; never written from here.
+	// Scheduler says what is wrong with the name of a VM that has no record. Records are read from the bus.
 	Scheduler schedulerv1.ProtectionServiceClient
+	// Targets are recovery targets beside the built-in ones, or in place of those of the same kind.
+	Targets []target.Target
 	// Holder names this process in the lease; no other process may have the same.
 	Holder string
 }
@@ -50,6 +53,9 @@ type Service struct {
 	tracer    trace.Tracer
 	failovers *bus.KV[*failoverv1.Failover]
 	jobs      *bus.KV[*typesv1.Job]
+	vms       *bus.KV[*schedulerv1.ProtectedVm] // read only
+	targets   map[failoverv1.TargetKind]target.Target
+	machine   string // this machine, in records
 	metrics   metrics
 	wake      chan struct{}
 
@@ -85,13 +91,21 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open jobs: %w", err)
 	}
+	vms, err := bus.OpenKV[*schedulerv1.ProtectedVm](ctx, d.Bus, bus.BucketVMs)
+	if err != nil {
+		return nil, fmt.Errorf("open VM records: %w", err)
+	}
 	m, err := newMetrics(d.MeterProvider)
 	if err != nil {
 		return nil, err
 	}
+	machine, err := thisMachine(c)
+	if err != nil {
+		return nil, fmt.Errorf("failover-orchestrator: %w", err)
+	}
 	return &Service{
 		config: c, deps: d, log: d.Logger, tracer: d.TracerProvider.Tracer("failover-orchestrator"),
-		failovers: failovers, jobs: jobs, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
+		failovers: failovers, jobs: jobs, vms: vms, targets: targets(c, d), machine: machine, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
 	}, nil
 }
 
@@ -146,7 +160,7 @@ func (s *Service) work(ctx context.Context) error {
 			continue
 		}
 		for _, e := range entries {
-			if !unfinished(e.Value.State) || !s.claim(e.Key) {
+			if !unfinished(e.Value) || !s.claim(e.Key) {
 				continue
 			}
 			group.Go(func() error {
@@ -166,10 +180,6 @@ func (s *Service) work(ctx context.Context) error {
 	}
 	_ = group.Wait()
 	return context.Cause(ctx)
-}
-
-func unfinished(st typesv1.TestFailoverState) bool {
-	return st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || st == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP
 }
 
 // watch wakes the worker when a record changes, also one that another instance wrote while this one is active.

@@ -49,7 +49,7 @@ func TestPoints(t *testing.T) {
 		require.Equal(t, typesv1.JobKind_JOB_KIND_TEST_FAILOVER, job.Kind)
 		f := g.await(ready)
 		require.Equal(t, c.want, f.Point, c.name)
-		require.Equal(t, []string{"data.vhd", "os.vhd", "vm.json"}, f.Files)
+		require.Equal(t, []string{"os.vhd", "data.vhd", "vm.json"}, f.Files)
 		require.EqualValues(t, 2, f.Machine.Cpus, "the machine is that of the point, not today's")
 		require.NotNil(t, f.ReadyTime)
 		require.Nil(t, f.Error)

@@ -1,0 +1,179 @@
+package failoverorchestrator
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/replica"
+	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
+)
+
+// copying makes one copy of a point on a target: the steps that drills and failovers share.
+type copying struct {
+	s *Service
+	r *replica.Replica
+	t target.Target
+	j *journal
+	f *failoverv1.Failover
+
+	existed bool     // whether the folder was there before
+	files   []string // that the copy consists of
+}
+
+// open prepares the work of a failover's job.
+func (s *Service) open(ctx context.Context, f *failoverv1.Failover) (*copying, error) {
+	lineage, err := replica.ParseLineage(f.Lineage)
+	if err != nil {
+		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "failover %s", lastPart(f.Name))
+	}
+	t, err := s.target(f.Target)
+	if err != nil {
+		return nil, err
+	}
+	r, err := replica.Open(ctx, s.deps.Store, lineage)
+	if err != nil {
+		return nil, chainError(err, "open the replica")
+	}
+	return &copying{s: s, r: r, t: t, j: s.journalOf(lineage, f), f: f}, nil
+}
+
+// check finds out whether the target can be used. rival says whether another failover stands in the way.
+func (c *copying) check(rival func(context.Context) error) step {
+	return step{id: stepCheck, into: &c.existed, do: func(ctx context.Context) (any, string, error) {
+		err := rival(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		c.existed, err = c.t.Check(ctx, planOf(c.f))
+		return c.existed, c.f.OutDir, err
+	}}
+}
+
+// claim makes the folder ours.
+func (c *copying) claim() step {
+	return step{id: stepClaim, into: &c.files, do: func(ctx context.Context) (any, string, error) {
+		point, err := c.point(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		p := planOf(c.f)
+		if p.Machine, err = machineAt(ctx, c.r, point, c.f.Machine); err != nil {
+			return nil, "", err
+		}
+		c.files, err = c.t.Claim(ctx, p, c.existed)
+		return c.files, fmt.Sprintf("%d files", len(c.files)), err
+	}}
+}
+
+// point is the manifest of the failover's point.
+func (c *copying) point(ctx context.Context) (*replica.Manifest, error) {
+	m, err := c.r.Find(ctx, replica.Ordinal(c.f.Point))
+	return m, chainError(err, "find point %d", c.f.Point)
+}
+
+// materialised is the result of step materialise-disks in the journal.
+type materialised struct {
+	Checkpoint replica.Seq `json:"checkpoint"` // 0: from the chain alone
+	Bytes      int64       `json:"bytes"`
+}
+
+// materialise writes the disks. It begins anew after a kill: files get their names only when they are whole.
+func (c *copying) materialise() step {
+	return step{id: stepMaterialise, do: func(ctx context.Context) (any, string, error) {
+		point, err := c.point(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		sink, err := c.t.Sink(ctx, planOf(c.f))
+		if err != nil {
+			return nil, "", err
+		}
+		defer sink.Close()
+		s := c.s
+		counted := &progress{sink: sink, report: s.reporter(ctx, c.f.Job), now: s.deps.Clock, total: diskBytes(point.Disks)}
+		m, err := c.r.Materialise(ctx, replica.Ordinal(c.f.Point), counted, replica.MaterialiseOptions{Parallel: s.config.Parallel})
+		if err != nil {
+			return nil, "", replicaError(err, "write the disks of point %d", c.f.Point)
+		}
+		s.metrics.bytes.Add(ctx, m.Bytes)
+		return materialised{Checkpoint: m.Checkpoint, Bytes: m.Bytes}, fmt.Sprintf("%d disks, %d bytes written", len(m.Disks), m.Bytes), nil
+	}}
+}
+
+// describe writes vm.json.
+func (c *copying) describe() step {
+	return step{id: stepDescribe, do: func(ctx context.Context) (any, string, error) {
+		m, err := c.point(ctx)
+		if err != nil {
+			return nil, "", err
+		}
+		p := planOf(c.f)
+		if p.Machine, err = machineAt(ctx, c.r, m, c.f.Machine); err != nil {
+			return nil, "", err
+		}
+		raw, err := describe(c.t, c.f, m, p.Machine)
+		if err != nil {
+			return nil, "", err
+		}
+		return nil, "vm.json", c.t.Describe(ctx, p, raw)
+	}}
+}
+
+// boot starts the machine and waits until it has shown that it is up. What it showed is kept in the record, also when
+// that was not enough.
+func (c *copying) boot() step {
+	return step{id: stepBoot, do: func(ctx context.Context) (any, string, error) {
+		s := c.s
+		evidence, err := c.t.Boot(ctx, planOf(c.f), func(line string) {
+			if err := s.step(ctx, c.f.Job, stepBoot, typesv1.JobState_JOB_STATE_IN_PROGRESS, line); err != nil && ctx.Err() == nil {
+				s.log.DebugContext(ctx, "report progress", "job", c.f.Job, "error", err)
+			}
+		})
+		if evidence != nil && ctx.Err() == nil {
+			if kerr := s.keep(ctx, c.f, func(r *failoverv1.Failover) { r.Boot = evidence }); kerr != nil && err == nil {
+				err = kerr
+			}
+		}
+		return nil, proof(evidence), err
+	}}
+}
+
+// proof is one line about how a machine showed that it is up.
+func proof(e *typesv1.BootEvidence) string {
+	switch e.GetProof() {
+	case "":
+		return ""
+	case "none":
+		return "started, not waited for"
+	}
+	return fmt.Sprintf("%s after %.1f s", e.Proof, e.Seconds)
+}
+
+// steps are those that bring the copy up, after the check.
+func (c *copying) steps() []step {
+	out := []step{c.claim(), c.materialise(), c.describe()}
+	if c.t.Boots() {
+		out = append(out, c.boot())
+	}
+	return out
+}
+
+// keep changes the record of a failover that this instance works on, and f with it. Where the record has moved on,
+// another instance works on it: that is an error, and nothing is written.
+func (s *Service) keep(ctx context.Context, f *failoverv1.Failover, change func(*failoverv1.Failover)) error {
+	_, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
+		if r.State != f.State || r.Phase != f.Phase || jobOf(r) != jobOf(f) || r.Job != f.Job {
+			return final{fmt.Errorf("failover %s was taken over by another instance", lastPart(f.Name))}
+		}
+		change(r)
+		return nil
+	})
+	if err != nil {
+		return storeError(err)
+	}
+	change(f)
+	return nil
+}

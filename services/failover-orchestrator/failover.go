@@ -1,0 +1,293 @@
+package failoverorchestrator
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/landfall-dr/landfall/libs/bus"
+	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/failpoint"
+	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+)
+
+// Short names of the phases.
+const (
+	starting      = failoverv1.FailoverPhase_FAILOVER_PHASE_STARTING
+	waitingCommit = failoverv1.FailoverPhase_FAILOVER_PHASE_WAITING_COMMIT
+	committing    = failoverv1.FailoverPhase_FAILOVER_PHASE_COMMITTING
+	committed     = failoverv1.FailoverPhase_FAILOVER_PHASE_COMMITTED
+	cancelling    = failoverv1.FailoverPhase_FAILOVER_PHASE_CANCELLING
+	cancelled     = failoverv1.FailoverPhase_FAILOVER_PHASE_CANCELLED
+	failed        = failoverv1.FailoverPhase_FAILOVER_PHASE_FAILED
+	cancelFailed  = failoverv1.FailoverPhase_FAILOVER_PHASE_CANCEL_FAILED
+)
+
+func planned(f *failoverv1.Failover) bool {
+	return f.Kind == failoverv1.FailoverKind_FAILOVER_KIND_PLANNED
+}
+
+// jobOf is the job that works on a failover in its phase.
+func jobOf(f *failoverv1.Failover) string {
+	switch f.Phase {
+	case committing, committed:
+		return f.CommitJob
+	case cancelling, cancelled, cancelFailed:
+		return f.CancelJob
+	}
+	return f.Job
+}
+
+// errAsked ends the work of a failover that somebody asked to cancel.
+var errAsked = errors.New("somebody asked to cancel the failover")
+
+// start brings a machine up for real.
+func (s *Service) start(ctx context.Context, f *failoverv1.Failover) {
+	if cause := errcat.FromDetail(f.Error); cause != nil { // a process died after it had given up
+		s.giveUp(ctx, f, cause)
+		return
+	}
+	if f.CancelJob != "" {
+		s.turnBack(ctx, f)
+		return
+	}
+	work, stop := s.untilAsked(ctx, f)
+	defer stop()
+	var files []string
+	err := s.attempts(work, f, func(ctx context.Context, f *failoverv1.Failover) (err error) {
+		files, err = s.bringUp(ctx, f)
+		return err
+	})
+	stopped := errors.Is(context.Cause(work), errAsked)
+	stop()
+	switch {
+	case ctx.Err() != nil: // the lease is over: the next holder goes on
+	case err == nil:
+		s.rest(ctx, f, resting{phase: waitingCommit, job: f.Job, files: files, change: func(r *failoverv1.Failover) {
+			r.Files, r.ReadyTime = files, timestamppb.New(s.deps.Clock())
+		}})
+	case stopped:
+		s.turnBack(ctx, f)
+	default:
+		s.giveUp(ctx, f, err)
+	}
+}
+
+// untilAsked is a context for the steps of a failover, which may be given up at any instruction: it ends when somebody
+// asks to cancel. Call stop; it may be called twice.
+func (s *Service) untilAsked(ctx context.Context, f *failoverv1.Failover) (work context.Context, stop func()) {
+	work, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for work.Err() == nil {
+			for u, err := range s.failovers.Watch(work, failoverKey(f.Name)) {
+				if err != nil {
+					break
+				}
+				if u.Value.GetPhase() == starting && u.Value.GetCancelJob() != "" {
+					cancel(errAsked)
+				}
+			}
+			s.pause(work)
+		}
+	}()
+	return work, func() {
+		cancel(context.Canceled)
+		<-done
+	}
+}
+
+// bringUp carries a failover out, step by step, and answers the files that the copy consists of. What the journal has is
+// not repeated. Nothing is written to the target's disks before the lineage is closed. The replica is set back beside the
+// copying, which does not need it.
+func (s *Service) bringUp(ctx context.Context, f *failoverv1.Failover) ([]string, error) {
+	kind := typesv1.JobKind_JOB_KIND_UNPLANNED_FAILOVER
+	if planned(f) {
+		kind = typesv1.JobKind_JOB_KIND_PLANNED_FAILOVER
+	}
+	if err := s.ensureJob(ctx, newJob(f.Job, kind, f.Vm, "", "", timestamppb.New(s.deps.Clock()), s.startSteps(f))); err != nil {
+		return nil, storeError(err)
+	}
+	c, err := s.open(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.settleHere(ctx, c.t, f, c.j); err != nil {
+		return nil, err
+	}
+	check := c.check(func(ctx context.Context) error {
+		other, err := s.rivalFailover(ctx, f)
+		if err == nil && other != nil {
+			err = failoverActive(f.Machine.GetDisplayName(), other)
+		}
+		return storeError(err)
+	})
+	fence := &fencing{copying: c}
+	first := []step{check}
+	if planned(f) {
+		first = append(first, fence.stopSource())
+	}
+	if err := s.perform(ctx, f.Job, c.j, append(first, fence.close(), fence.choose())...); err != nil {
+		return nil, err
+	}
+	group, both := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.perform(both, f.Job, c.j, c.steps()...) })
+	group.Go(func() error { return s.perform(both, f.Job, c.j, fence.rewind(), fence.drain()) })
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	return c.files, nil
+}
+
+// resting is how a piece of work on a failover ended.
+type resting struct {
+	phase  failoverv1.FailoverPhase
+	job    string
+	cause  error
+	files  []string
+	change func(*failoverv1.Failover)
+}
+
+// rest writes how work on a failover ended: the job first, so that a record at rest never has a running job. A failover
+// that somebody asked to cancel meanwhile goes on being cancelled.
+func (s *Service) rest(ctx context.Context, f *failoverv1.Failover, e resting) {
+	for attempt := 0; attempt < s.config.Attempts && ctx.Err() == nil; attempt++ {
+		moved, err := s.restOnce(ctx, f, e)
+		if err == nil {
+			if moved != nil {
+				s.moved(ctx, moved)
+				s.metrics.failovers.Add(ctx, 1, metric.WithAttributes(attribute.String("kind", kindName(f)), attribute.String("phase", word(moved.Phase.String(), "FAILOVER_PHASE_"))))
+				if e.phase == waitingCommit {
+					s.metrics.seconds.Record(ctx, s.deps.Clock().Sub(f.CreateTime.AsTime()).Seconds(), metric.WithAttributes(attribute.String("kind", kindName(f))))
+				}
+			}
+			return
+		}
+		s.log.WarnContext(ctx, "write failover record", "failover", f.Name, "error", err)
+		s.pause(ctx)
+	}
+}
+
+// restOnce returns the record as it moved; nil when another instance was faster.
+func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e resting) (moved *failoverv1.Failover, err error) {
+	err = s.endJob(ctx, e.job, e.cause, func(j *typesv1.Job) {
+		if e.job == f.Job && (e.phase == waitingCommit || f.Boot != nil) {
+			j.Result = &typesv1.Job_Failover{Failover: &typesv1.FailoverDetail{
+				Failover: f.Name, Point: f.Point, CutTime: f.CutTime, Target: targetName(f.Target), OutDir: f.OutDir, Files: e.files, Boot: f.Boot,
+			}}
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := failpoint.Hit("failover-orchestrator/before-rest"); err != nil {
+		return nil, err
+	}
+	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
+		moved = nil
+		if r.Phase != f.Phase || jobOf(r) != jobOf(f) {
+			return bus.NoChange
+		}
+		moved = r
+		r.Error = errcat.Detail(e.cause, s.deps.Clock())
+		if e.change != nil {
+			e.change(r)
+		}
+		if r.Phase == starting && r.CancelJob != "" {
+			r.Phase, r.Error = cancelling, nil
+			return nil
+		}
+		r.Phase = e.phase
+		return nil
+	})
+	if err != nil || moved == nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// turnBack goes from bringing up to cancelling: somebody asked, and every instruction of the steps is a safe point.
+func (s *Service) turnBack(ctx context.Context, f *failoverv1.Failover) {
+	s.rest(ctx, f, resting{phase: cancelling, job: f.Job, cause: errCancelled, change: func(r *failoverv1.Failover) { r.Error = nil }})
+}
+
+// giveUp ends a failover whose steps failed: the decision is stored, then what was made on the target is removed, then
+// the record says that it failed. The lineage stays closed if it was: the source must not go on by itself.
+func (s *Service) giveUp(ctx context.Context, f *failoverv1.Failover, cause error) {
+	detail := errcat.Detail(cause, s.deps.Clock())
+	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
+		if r.Phase != f.Phase || r.Job != f.Job || r.Error != nil {
+			return bus.NoChange
+		}
+		r.Error = detail
+		return nil
+	})
+	if err == nil {
+		err = failpoint.Hit("failover-orchestrator/after-give-up")
+	}
+	if errors.Is(err, bus.ErrNotFound) { // the handler withdrew it: a rival was first
+		_ = s.endJob(ctx, f.Job, cause, func(*typesv1.Job) {})
+		return
+	}
+	if err != nil { // found again by the next look
+		if ctx.Err() == nil {
+			s.log.WarnContext(ctx, "write failover record", "failover", f.Name, "error", err)
+			s.pause(ctx)
+		}
+		return
+	}
+	if r.Phase != f.Phase || r.Job != f.Job { // another instance was faster: what stands in the folder is its
+		return
+	}
+	end := resting{phase: failed, job: f.Job, cause: cause, change: func(r *failoverv1.Failover) { r.Files = nil }}
+	if _, err := s.remove(ctx, f); err != nil {
+		// What is left is named, so that the next attempt elsewhere does not forget it.
+		end.cause = errcat.Wrap(errcat.Reason(cause), cause, "the folder could not be cleaned (%v) after", err)
+		end.change = func(r *failoverv1.Failover) { r.Files = []string{"."} }
+	}
+	if failpoint.Hit("failover-orchestrator/after-undo") == nil {
+		s.rest(ctx, f, end)
+	}
+}
+
+// over says whether a failover holds nothing any more.
+func over(f *failoverv1.Failover) bool { return f.Phase == cancelled || f.Phase == committed }
+
+// failoversOf lists the planned and unplanned failovers of a VM, newest first.
+func (s *Service) failoversOf(ctx context.Context, vm string) ([]*failoverv1.Failover, error) {
+	entries, err := s.failovers.List(ctx, "")
+	if err != nil {
+		return nil, storeError(err)
+	}
+	var out []*failoverv1.Failover
+	for _, e := range entries {
+		if e.Value.Vm == vm && !isTest(e.Value) {
+			e.Value.Revision = e.Revision
+			out = append(out, e.Value)
+		}
+	}
+	slices.SortFunc(out, func(a, b *failoverv1.Failover) int { return -age(a, b) })
+	return out, nil
+}
+
+// rivalFailover is another failover of the same VM that goes before f: one that is not over, or of two that begin at
+// once the one asked for first.
+func (s *Service) rivalFailover(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
+	all, err := s.failoversOf(ctx, f.Vm)
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range all {
+		if o.Name != f.Name && !over(o) && (o.Phase != starting || age(o, f) < 0) {
+			return o, nil
+		}
+	}
+	return nil, nil
+}
