@@ -154,7 +154,7 @@ func (c *Client) agree(export string, contexts []string) error {
 	if err != nil {
 		return err
 	}
-	if refused != nil && refused.code == repErrUnknown {
+	if refused != nil && slices.Contains([]uint32{repErrUnknown, repErrPolicy, repErrTLS}, refused.code) {
 		return fmt.Errorf("%w: %s", ErrNoExport, refused)
 	}
 	for _, name := range contexts {

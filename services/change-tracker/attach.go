@@ -30,6 +30,9 @@ func (m *machine) load() error {
 // restart a machine must run before anything is protected. The record goes, which needs no space, and so do the logs
 // and sidecars; whoever asks next finds a host that lost its state, and compares.
 func (m *machine) serveUntracked(cause error) error {
+	if r := m.rec.Load(); r != nil && r.Fence != "" {
+		return cause // the record holds a fence: no disks are better than two writers
+	}
 	m.t.logger.Error("the volume is full: tracking is given up so that the guest has its disks; free space, then resynchronise",
 		"vm", m.id, "err", cause)
 	if err := m.t.files.Remove(m.recordPath()); err != nil {

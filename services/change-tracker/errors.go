@@ -20,6 +20,8 @@ var (
 	ErrDiskTruncated = errors.New("disk image is truncated")
 	// ErrFormat: the image's format is not supported.
 	ErrFormat = errors.New("disk format is not supported")
+	// ErrFenced: a failover has closed the machine's exports.
+	ErrFenced = errors.New("machine is fenced")
 	// ErrInvalidState: the call is not legal now.
 	ErrInvalidState = errors.New("not possible in this state")
 	// ErrNotTracking: the machine has no tracking.

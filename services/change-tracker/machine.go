@@ -205,6 +205,7 @@ type DiskStatus struct {
 // Status is everything the host knows of one machine's tracking.
 type Status struct {
 	Lineage      string // empty: not tracked
+	Fence        string // failover that closed the exports; empty for none
 	Epoch        uint64
 	Base         uint64
 	Highest      uint64
@@ -221,7 +222,7 @@ const statusOutcomes = 32
 func (m *machine) status() (s Status) {
 	r := m.rec.Load()
 	s = Status{
-		Lineage: r.Lineage, Epoch: r.Epoch, Base: r.Base, Highest: r.Highest, Reason: r.Reason, Detail: r.Detail,
+		Fence: r.Fence, Lineage: r.Lineage, Epoch: r.Epoch, Base: r.Base, Highest: r.Highest, Reason: r.Reason, Detail: r.Detail,
 	}
 	if cause := m.broken.Load(); cause != nil && s.Reason == None {
 		s.Reason, s.Detail = TrackingBroken, (*cause).Error()

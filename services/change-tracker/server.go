@@ -42,6 +42,7 @@ var reasons = []struct {
 	{ErrPassRequired, typesv1.ErrorReason_ERROR_REASON_PASS_REQUIRED},
 	{ErrPassNotOpen, typesv1.ErrorReason_ERROR_REASON_PASS_NOT_OPEN},
 	{ErrResyncRequired, typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED},
+	{ErrFenced, typesv1.ErrorReason_ERROR_REASON_MACHINE_FENCED},
 	{ErrSpace, typesv1.ErrorReason_ERROR_REASON_LOW_DISK_SPACE},
 	{ErrBroken, typesv1.ErrorReason_ERROR_REASON_TRACKING_BROKEN},
 	{ErrInvalidState, typesv1.ErrorReason_ERROR_REASON_INVALID_STATE},
@@ -138,7 +139,21 @@ func (s *server) GetTracking(_ context.Context, r *changetrackerv1.GetTrackingRe
 	if err != nil {
 		return nil, reasoned(err, "get tracking")
 	}
-	return &changetrackerv1.GetTrackingResponse{Status: statusProto(st)}, nil
+	return &changetrackerv1.GetTrackingResponse{Status: statusProto(st), Fence: st.Fence}, nil
+}
+
+func (s *server) FenceMachine(_ context.Context, r *changetrackerv1.FenceMachineRequest) (*changetrackerv1.FenceMachineResponse, error) {
+	if err := s.tracker.Fence(r.Vm, r.Lineage, r.Epoch, r.Failover, func() { s.service.drain(r.Vm) }); err != nil {
+		return nil, reasoned(err, "fence machine "+r.Vm)
+	}
+	return &changetrackerv1.FenceMachineResponse{}, nil
+}
+
+func (s *server) UnfenceMachine(_ context.Context, r *changetrackerv1.UnfenceMachineRequest) (*changetrackerv1.UnfenceMachineResponse, error) {
+	if err := s.tracker.Unfence(r.Vm, r.Lineage, r.Epoch, r.Failover); err != nil {
+		return nil, reasoned(err, "lift the fence of machine "+r.Vm)
+	}
+	return &changetrackerv1.UnfenceMachineResponse{}, nil
 }
 
 func (s *server) BeginPass(_ context.Context, r *changetrackerv1.BeginPassRequest) (*changetrackerv1.BeginPassResponse, error) {

@@ -100,7 +100,10 @@ type exports struct{ *Tracker }
 
 // Open finds an export.
 func (e exports) Open(name string) (nbd.Disk, error) {
-	d, err := e.disk(name)
+	d, err := e.export(name)
+	if errors.Is(err, ErrFenced) {
+		return nil, fmt.Errorf("%w: %w", nbd.ErrForbidden, err)
+	}
 	if err != nil {
 		return nil, err // a nil *disk in the interface would not be nil
 	}

@@ -106,6 +106,8 @@ type record struct {
 	Pass     *Point  `json:"pass,omitempty"`
 	Reason   Reason  `json:"resync_reason,omitempty"`
 	Detail   string  `json:"resync_detail,omitempty"`
+	// Fence is the failover for which the exports are closed; empty for none. It outlives the lineage.
+	Fence string `json:"fence,omitempty"`
 	// Clean: closed in good order. Pending and Prints mean something only then.
 	Clean   bool                   `json:"clean"`
 	Pending map[string][]logRecord `json:"pending,omitempty"`

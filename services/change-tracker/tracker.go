@@ -372,7 +372,7 @@ func (t *Tracker) Start(id, lineage string, epoch uint64) (Status, error) {
 			_ = old.Close() // of a lineage that ended
 		}
 	}
-	err = m.save(&record{Lineage: lineage, Epoch: epoch, Reason: InitialReplication, Detail: "no pass has copied the disks yet"})
+	err = m.save(&record{Lineage: lineage, Epoch: epoch, Reason: InitialReplication, Detail: "no pass has copied the disks yet", Fence: r.Fence})
 	return m.status(), err
 }
 
@@ -390,7 +390,7 @@ func (t *Tracker) Stop(id, lineage string, epoch uint64) error {
 	if err := m.admit(lineage, epoch); err != nil {
 		return err
 	}
-	if err := m.save(&record{}); err != nil {
+	if err := m.save(&record{Fence: m.rec.Load().Fence}); err != nil {
 		return err
 	}
 	m.open.Store(nil)

@@ -297,7 +297,11 @@ func fastZero(d Disk) bool {
 // refuse answers an option that names no export. The text is for people.
 func (c *conn) refuse(opt uint32, err error) error {
 	text := err.Error()
-	return c.reply(opt, errUnknown, []byte(text[:min(len(text), maxName)]))
+	code := uint32(errUnknown)
+	if errors.Is(err, ErrForbidden) {
+		code = errPolicy
+	}
+	return c.reply(opt, code, []byte(text[:min(len(text), maxName)]))
 }
 
 // open takes the export for this connection. The name is visible to CloseExports before the disk is looked up, so that

@@ -34,6 +34,9 @@ type FastZeroer interface {
 	FastZero() bool
 }
 
+// ErrForbidden, in an error of Exports.Open, says that the export is there and not to be had.
+var ErrForbidden = errors.New("export is closed")
+
 // Exports finds disks by name.
 type Exports interface {
 	// Exports are the names, "<machine>/<disk>". If there is one it is the default export as well.

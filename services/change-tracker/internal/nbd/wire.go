@@ -33,6 +33,7 @@ const (
 	repMeta    = 4
 	repErr     = 1 << 31
 	errUnsup   = repErr + 1
+	errPolicy  = repErr + 2
 	errInvalid = repErr + 3
 	errUnknown = repErr + 6
 	errTooBig  = repErr + 9
