@@ -12,23 +12,43 @@ import (
 	"github.com/landfall-dr/landfall/libs/errcat"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/vhdtarget"
 )
 
 // look is the pause between two looks at something that is waited for.
 const look = 50 * time.Millisecond
 
 // machine is the QEMU of one folder, if it runs.
-type machine struct{ dir, id string }
+type machine struct{ failover, dir, id string }
 
-func machineOf(p target.Plan) machine { return machine{dir: p.Dir, id: identity(p)} }
+func machineOf(p target.Plan) machine {
+	return machine{failover: p.Failover, dir: p.Dir, id: identity(p)}
+}
 
 // alive reports whether a process of the machine is there, at whatever stage.
 func (m machine) alive() (bool, error) {
 	locked, err := held(m.dir)
+	if err == nil && locked {
+		locked, err = m.ours()
+	}
 	if err != nil || locked {
 		return locked, err
 	}
 	return len(processes(m.id)) > 0, nil
+}
+
+// ours reports whether who holds the folder's lock works for this failover, as far as the folder says.
+func (m machine) ours() (bool, error) {
+	f, err := vhdtarget.New(m.dir, m.failover)
+	if err != nil {
+		return false, err
+	}
+	owner, err := f.Owner()
+	if err != nil || owner != "" {
+		return owner == m.failover, err
+	}
+	s, err := readState(m.dir) // a folder that lost its marker
+	return err == nil && s.UUID == m.id, nil
 }
 
 // launch starts QEMU with the lock and waits until it is a daemon, which it is when disks are open and the monitor
