@@ -199,6 +199,9 @@ func (m *Monitor) dispatch(msg message) {
 // deadline in ctx the command has 30 s. When it ends by ctx the command may still be executed: later commands of the same
 // connection are executed after it.
 func (m *Monitor) Execute(ctx context.Context, command string, args, result any) error {
+	if err := ctx.Err(); err != nil { // nothing is sent: the connection is shared and stays whole
+		return unreachable(err, "%s", command)
+	}
 	ctx, cancel := withDefault(ctx)
 	defer cancel()
 	c := make(chan response, 1)
