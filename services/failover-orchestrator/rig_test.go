@@ -19,7 +19,6 @@ import (
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
@@ -36,6 +35,7 @@ import (
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	failoverorchestrator "github.com/landfall-dr/landfall/services/failover-orchestrator"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -70,43 +70,50 @@ func (m model) clone() model {
 // rig is a site with one protected VM of two disks (os 4 MiB, data 3 MiB and 512 bytes) whose chain has a base, point 2,
 // and points 3 and 4; the replica's disks have taken in point 2 only.
 type rig struct {
-	t      *testing.T
-	store  *blobstoretest.Memory
-	server *bus.Server
-	bus    *bus.Bus
-	net    rpc.Network
-	sched  *scheduler
-	client failoverv1.FailoverServiceClient
-	viewer failoverv1.FailoverServiceClient
-	points map[uint64]model
+	t             *testing.T
+	store         *blobstoretest.Memory
+	server        *bus.Server
+	bus           *bus.Bus
+	net           rpc.Network
+	vms           *bus.KV[*schedulerv1.ProtectedVm]
+	now           model // what the source's disks hold
+	config        string
+	epoch         replica.Epoch
+	open          replica.Seq
+	targets       []target.Target
+	machineName   string // of the next instance
+	stopScheduler func()
+	client        failoverv1.FailoverServiceClient
+	viewer        failoverv1.FailoverServiceClient
+	points        map[uint64]model
 
 	mu     sync.Mutex
 	events []*bus.Received
 	serial int
 }
 
-// scheduler is a ProtectionService that knows the records it is given.
+// scheduler is a ProtectionService that knows no record: the orchestrator reads records where they are kept.
 type scheduler struct {
 	schedulerv1.UnimplementedProtectionServiceServer
-	mu  sync.Mutex
-	vms map[string]*schedulerv1.ProtectedVm
 }
 
 func (s *scheduler) GetProtectedVm(_ context.Context, r *schedulerv1.GetProtectedVmRequest) (*schedulerv1.GetProtectedVmResponse, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, vm := range s.vms {
-		if vm.Name == r.Vm || vm.DisplayName == r.Vm {
-			return &schedulerv1.GetProtectedVmResponse{Vm: proto.CloneOf(vm)}, nil
-		}
-	}
 	return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED, "%s is not protected", r.Vm)
 }
 
-func (s *scheduler) set(name string, state typesv1.ProtectionState) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.vms[name].State = state
+// setVM changes a VM's record as the scheduler does.
+func (g *rig) setVM(name string, change func(*schedulerv1.ProtectedVm)) {
+	g.t.Helper()
+	_, _, err := g.vms.MutateOrCreate(testkit.Context(g.t), bus.Key("lab", filepath.Base(name)), func(vm *schedulerv1.ProtectedVm) error {
+		change(vm)
+		return nil
+	})
+	require.NoError(g.t, err)
+}
+
+func (g *rig) setState(state typesv1.ProtectionState) {
+	g.t.Helper()
+	g.setVM(vmName, func(vm *schedulerv1.ProtectedVm) { vm.State = state })
 }
 
 func machine() *typesv1.Machine {
@@ -134,10 +141,12 @@ func newRig(t *testing.T) *rig {
 	g.watch()
 	now := machine()
 	now.Cpus = 16 // changed since the points were cut
-	g.sched = &scheduler{vms: map[string]*schedulerv1.ProtectedVm{vmName: {
-		Name: vmName, DisplayName: "web", Lineage: string(lineage), State: typesv1.ProtectionState_PROTECTION_STATE_PROTECTED, Machine: now,
-	}}}
-	g.serve("scheduler", func(r grpc.ServiceRegistrar) { schedulerv1.RegisterProtectionServiceServer(r, g.sched) })
+	g.vms, err = bus.OpenKV[*schedulerv1.ProtectedVm](ctx, g.bus, bus.BucketVMs)
+	require.NoError(t, err)
+	g.setVM(vmName, func(vm *schedulerv1.ProtectedVm) {
+		vm.Name, vm.DisplayName, vm.Lineage, vm.State, vm.Machine = vmName, "web", string(lineage), typesv1.ProtectionState_PROTECTION_STATE_PROTECTED, now
+	})
+	g.stopScheduler = g.serve("scheduler", func(r grpc.ServiceRegistrar) { schedulerv1.RegisterProtectionServiceServer(r, &scheduler{}) })
 	g.replicate()
 	return g
 }
@@ -189,10 +198,11 @@ func (g *rig) newService(store blobstore.Store) *failoverorchestrator.Service {
 	g.t.Helper()
 	g.serial++
 	c := failoverorchestrator.Default()
-	c.Site, c.LeaseTTL, c.RetryDelay, c.Attempts = "lab", 2*time.Second, 10*time.Millisecond, 3
+	c.Site, c.LeaseTTL, c.RetryDelay, c.Attempts, c.Machine = "lab", 2*time.Second, 10*time.Millisecond, 3, g.machineName
 	s, err := failoverorchestrator.New(testkit.Context(g.t), c, failoverorchestrator.Deps{
 		Logger: testkit.Logger(g.t), Bus: g.connect("failover-orchestrator"), Store: store, Holder: fmt.Sprint("orchestrator-", g.serial),
 		Scheduler: schedulerv1.NewProtectionServiceClient(g.dial(pki.ServiceIdentity("failover-orchestrator"), "scheduler")),
+		Targets:   g.targets,
 	})
 	require.NoError(g.t, err)
 	return s
@@ -245,6 +255,7 @@ func (g *rig) replicate() {
 	require.NoError(g.t, err)
 
 	now := model{"os": make([]byte, 4*mib), "data": make([]byte, 3*mib+512)}
+	g.now, g.config = now, config
 	write := func(disk string, off, n int64, seed uint64) change {
 		testkit.Fill(now[disk][off:off+n], seed)
 		return change{disk, off, n}
@@ -277,7 +288,7 @@ type change struct {
 func (g *rig) commit(r *replica.Replica, config string, kind replica.Kind, ordinal, base replica.Ordinal, now model, changes ...change) {
 	g.t.Helper()
 	ctx := testkit.Context(g.t)
-	p := replica.Proposal{Kind: kind, Epoch: 1, Base: base}
+	p := replica.Proposal{Kind: kind, Epoch: max(1, g.epoch), Open: g.open, Base: base}
 	h := segment.Header{Lineage: lineage.Bytes(), Gen: 1, Kind: segment.KindPoint, Ordinal: uint64(ordinal)}
 	if kind == replica.KindPartial {
 		p.Pass, h.Kind, h.Task = &replica.Pass{Ordinal: ordinal, I: 1, K: 1}, segment.KindPass, 1

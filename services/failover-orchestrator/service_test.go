@@ -256,12 +256,12 @@ func TestRefusals(t *testing.T) {
 	azure.Target = 7
 	g.refused(azure, typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT) // not in the contract: the validation layer is first
 	for _, state := range []typesv1.ProtectionState{typesv1.ProtectionState_PROTECTION_STATE_INITIAL_REPLICATING, typesv1.ProtectionState_PROTECTION_STATE_UNSPECIFIED} {
-		g.sched.set(vmName, state)
+		g.setState(state)
 		g.refused(request(free, latest()), typesv1.ErrorReason_ERROR_REASON_INVALID_STATE)
 	}
-	g.sched.mu.Lock()
-	g.sched.vms["lost"] = &schedulerv1.ProtectedVm{Name: "sites/lab/vms/lost", DisplayName: "lost", Lineage: strings.Repeat("9", 32), State: typesv1.ProtectionState_PROTECTION_STATE_PROTECTED}
-	g.sched.mu.Unlock()
+	g.setVM("lost", func(vm *schedulerv1.ProtectedVm) {
+		vm.Name, vm.DisplayName, vm.Lineage, vm.State = "sites/lab/vms/lost", "lost", strings.Repeat("9", 32), typesv1.ProtectionState_PROTECTION_STATE_PROTECTED
+	})
 	lost := request(free, latest())
 	lost.Vm = "lost"
 	g.refused(lost, typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED)
