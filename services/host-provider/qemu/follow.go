@@ -212,6 +212,23 @@ func (h *held) removeNodes(ctx context.Context, m *qmp.Monitor, s *seen, stale f
 			return false, err
 		}
 	}
+	back, err := h.giveBack(ctx, m, s, stale)
+	if err != nil {
+		return false, err
+	}
+	any = any || back
+	for _, r := range []role{topNode, filterNode, scratchNode} {
+		if err := remove(r); err != nil {
+			return false, err
+		}
+	}
+	return any, nil
+}
+
+// giveBack lets the guest write to its disks directly again: first past the filters, all at once, then without our node.
+func (h *held) giveBack(ctx context.Context, m *qmp.Monitor, s *seen, stale func(string) bool) (bool, error) {
+	var options []any
+	var sets []arguments
 	for _, f := range s.fronts {
 		if what, _, _ := parse(f.root); what != topNode || !stale(f.root) {
 			continue
@@ -220,17 +237,21 @@ func (h *held) removeNodes(ctx context.Context, m *qmp.Monitor, s *seen, stale f
 		if !ok {
 			return false, fmt.Errorf("device %s writes through %s and its disk is not known", f.device, f.root)
 		}
-		any = true
-		if err := h.do(ctx, m, "qom-set", arguments{"path": f.device, "property": "drive", "value": below}); err != nil {
+		options = append(options, arguments{"driver": "raw", "node-name": f.root, "file": below})
+		sets = append(sets, arguments{"path": f.device, "property": "drive", "value": below})
+	}
+	if len(options) == 0 {
+		return false, nil
+	}
+	if err := h.do(ctx, m, "blockdev-reopen", arguments{"options": options}); err != nil {
+		return false, fmt.Errorf("give the guest its disks back: %w", err)
+	}
+	for _, args := range sets {
+		if err := h.do(ctx, m, "qom-set", args); err != nil {
 			return false, fmt.Errorf("give the guest its disk back: %w", err)
 		}
 	}
-	for _, r := range []role{topNode, filterNode, scratchNode} {
-		if err := remove(r); err != nil {
-			return false, err
-		}
-	}
-	return any, nil
+	return true, nil
 }
 
 func (h *held) jobsGone(ctx context.Context, m *qmp.Monitor, stale func(string) bool) error {
