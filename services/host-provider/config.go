@@ -47,6 +47,17 @@ type QEMUConfig struct {
 	StateDir string `koanf:"state_dir" help:"folder of what is remembered of points and fences"`
 	// ScratchDir holds the frozen copies of points while they are shipped; empty means a folder in StateDir.
 	ScratchDir string `koanf:"scratch_dir" help:"folder of the frozen copies of points; default: in state_dir"`
+	// SocketDir holds the sockets that points are read from; empty means a folder in StateDir. A socket's path has 107 bytes
+	// at most, so it must be short.
+	SocketDir string `koanf:"socket_dir" help:"folder of the sockets that points are read from, a short path; default: in state_dir"`
+}
+
+// Sockets is where the sockets are.
+func (c QEMUConfig) Sockets() string {
+	if c.SocketDir != "" {
+		return c.SocketDir
+	}
+	return filepath.Join(c.StateDir, "s")
 }
 
 // Scratch is where frozen copies are.

@@ -9,6 +9,7 @@ import (
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/imagedir"
+	"github.com/landfall-dr/landfall/services/host-provider/qemu"
 )
 
 type settings struct {
@@ -28,9 +29,18 @@ func build(ctx context.Context, e *program.Env, s *settings) (program.Service, e
 	if err != nil {
 		return nil, err
 	}
-	driver, err := imagedir.New(c.Images, c.Site, c.Host, changetrackerv1.NewChangeTrackerServiceClient(tracker), e.Logger)
+	driver, err := open(c, changetrackerv1.NewChangeTrackerServiceClient(tracker), e)
 	if err != nil {
 		return nil, err
 	}
 	return hostprovider.New(ctx, c, hostprovider.Deps{Clock: e.Clock, Logger: e.Logger, Bus: e.Bus, Driver: driver, Version: e.Version})
+}
+
+// open makes the driver that the configuration names. What it holds ends with the process.
+func open(c hostprovider.Config, tracker changetrackerv1.ChangeTrackerServiceClient, e *program.Env) (hostprovider.Driver, error) {
+	if c.Driver == hostprovider.DriverQEMU {
+		driver, _, err := qemu.Open(c, tracker, e.Logger, e.Clock)
+		return driver, err
+	}
+	return imagedir.New(c.Images, c.Site, c.Host, tracker, e.Logger)
 }

@@ -102,7 +102,7 @@ func pickDisks(def *Definition, live *Live, held *Machine, name string) (disks [
 		used[i] = true
 		l := lives[i]
 		out = append(out, inspect(l, name)...)
-		disks = append(disks, Disk{ID: id, Node: l.Node, Device: l.Device, Size: l.Size, Format: formats[l.Driver], Path: absolute(l.Path, def.StartDir)})
+		disks = append(disks, Disk{ID: id, Node: l.Node, Device: l.Device, Size: l.Size, Format: formats[l.Driver], Path: absolute(l.Path, live.Folder, def.StartDir)})
 	}
 	boot := ""
 	for _, k := range def.Disks {

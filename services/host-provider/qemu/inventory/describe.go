@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -32,6 +33,8 @@ type Live struct {
 	CPUs        int
 	MemoryBytes int64
 	Adapters    []*typesv1.NetworkAdapter
+	// Folder that the process runs in, where this system can tell; relative paths are relative to it.
+	Folder string
 	// Flash: there is a pflash node, as UEFI needs.
 	Flash bool
 	// Disks that a guest device holds writable.
@@ -58,13 +61,13 @@ type LiveDisk struct {
 	BootIndex int
 }
 
-// PowerState is what a status of query-status means for the guest. Only a guest that powered itself down is off: every
-// other stop can be continued by whoever has the monitor.
+// PowerState is what a status of query-status means for the guest. Off are one that powered itself down and one that never
+// ran (-S): every other stop has a guest with unwritten data, which can be continued.
 func PowerState(status string) typesv1.PowerState {
 	switch status {
 	case "running":
 		return typesv1.PowerState_POWER_STATE_RUNNING
-	case "shutdown":
+	case "shutdown", "prelaunch":
 		return typesv1.PowerState_POWER_STATE_OFF
 	case "":
 		return typesv1.PowerState_POWER_STATE_UNSPECIFIED
@@ -82,6 +85,9 @@ var formats = map[string]typesv1.DiskFormat{
 
 // filters are the drivers that only pass on: the format node is below.
 var filters = map[string]bool{"copy-before-write": true, "throttle": true, "copy-on-read": true, "compress": true, "preallocate": true, "mirror_top": true, "commit_top": true, "replication": true}
+
+// passes says that a node is no disk but stands in front of one: a filter, or anything that the driver put there.
+func passes(n *blockNode) bool { return filters[n.Driver] || strings.HasPrefix(n.Name, "landfall-") }
 
 // flash is how QEMU calls a machine's own flash, by path or by drive.
 var flash = regexp.MustCompile(`^/machine/[^/]*flash[0-9]*$|^pflash[0-9]+$`)
@@ -110,7 +116,9 @@ func Describe(ctx context.Context, m Monitor) (*Live, error) {
 			Base    int64 `json:"base-memory"`
 			Plugged int64 `json:"plugged-memory"`
 		}
-		cpus   []struct{}
+		cpus []struct {
+			Thread int `json:"thread-id"`
+		}
 		blocks []struct {
 			Device    string     `json:"device"`
 			QDev      string     `json:"qdev"`
@@ -133,6 +141,9 @@ func Describe(ctx context.Context, m Monitor) (*Live, error) {
 		l.UUID = u.String()
 	}
 	l.Name, l.Status, l.CPUs, l.MemoryBytes = name.Name, status.Status, len(cpus), memory.Base+memory.Plugged
+	if len(cpus) > 0 {
+		l.Folder = workingFolder(cpus[0].Thread)
+	}
 	var below *graph
 	for _, b := range blocks {
 		if flash.MatchString(b.QDev) || flash.MatchString(b.Device) {
@@ -148,7 +159,7 @@ func Describe(ctx context.Context, m Monitor) (*Live, error) {
 		case n.RO:
 			l.ReadOnly = append(l.ReadOnly, n.Name)
 		default:
-			if filters[n.Driver] && below == nil {
+			if passes(n) && below == nil {
 				var err error
 				if below, err = readGraph(ctx, m); err != nil {
 					return nil, err
@@ -168,7 +179,7 @@ func Describe(ctx context.Context, m Monitor) (*Live, error) {
 
 func describeDisk(ctx context.Context, m Monitor, device string, top *blockNode, below *graph) (LiveDisk, error) {
 	n := top
-	if filters[top.Driver] {
+	if passes(top) {
 		n = below.format(top.Name)
 	}
 	d := LiveDisk{Top: top.Name, Device: device, BootIndex: -1}
@@ -224,7 +235,7 @@ func readGraph(ctx context.Context, m Monitor) (*graph, error) {
 	}
 	for _, e := range drawn.Edges {
 		parent := g.nodes[names[e.Parent]]
-		if parent == nil || !filters[parent.Driver] {
+		if parent == nil || !passes(parent) {
 			continue
 		}
 		if e.Name == "file" || e.Name == "backing" { // a copy-before-write filter has its scratch as "target"
@@ -245,7 +256,7 @@ func (g *graph) format(top string) *blockNode {
 		name = next
 	}
 	n := g.nodes[name]
-	if n == nil || filters[n.Driver] {
+	if n == nil || passes(n) {
 		return nil
 	}
 	return n
@@ -297,10 +308,26 @@ func isNIC(kind string) bool {
 // errNoDisks: QEMU is there, and nothing in it can be replicated.
 var errNoDisks = errors.New("the guest has no writable disk")
 
-// absolute makes a relative image path absolute where that is sure: QEMU was started in start_dir, if it was started by us.
-func absolute(path, dir string) string {
-	if path == "" || filepath.IsAbs(path) || dir == "" || strings.Contains(path, ":") {
+// workingFolder is a process's own, by one of its threads; empty where /proc is not, or the process is in another container.
+func workingFolder(thread int) string {
+	folder, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", thread))
+	if err != nil {
+		return ""
+	}
+	return folder
+}
+
+// absolute makes the path of an image absolute where that is sure: in one of the folders there is such a file.
+func absolute(path string, folders ...string) string {
+	if path == "" || filepath.IsAbs(path) {
 		return path
 	}
-	return filepath.Join(dir, path)
+	for _, f := range folders {
+		if whole := filepath.Join(f, path); f != "" {
+			if _, err := os.Stat(whole); err == nil {
+				return whole
+			}
+		}
+	}
+	return path
 }

@@ -81,6 +81,8 @@ func (g *rig) image(format, name, size string, more ...string) {
 	require.NoError(g.t, err, string(out))
 }
 
+func (g *rig) path(name string) string { return filepath.Join(g.folder, name) }
+
 // qemu starts a QEMU whose guest does nothing, and returns how to kill it.
 func (g *rig) qemu(socket string, args ...string) (kill func()) {
 	g.t.Helper()
@@ -179,15 +181,15 @@ func TestBareSocket(t *testing.T) {
 		Name: "sites/lab/vms/" + webID, Id: webID, DisplayName: "Web 1", Generation: 2, Cpus: 2, MemoryBytes: 64 * mibytes,
 		NetworkAdapters: []*typesv1.NetworkAdapter{{Name: "nic0", MacAddress: "52:54:00:12:34:56", Network: "lan"}},
 		Disks: []*typesv1.Disk{
-			{Id: "data-1", SizeBytes: 16 * mibytes, Path: "data.qcow2", Format: typesv1.DiskFormat_DISK_FORMAT_QCOW2},
-			{Id: "os", SizeBytes: 32 * mibytes, Path: "os.vhdx", Format: typesv1.DiskFormat_DISK_FORMAT_VHDX, OsDisk: true},
+			{Id: "data-1", SizeBytes: 16 * mibytes, Path: g.path("data.qcow2"), Format: typesv1.DiskFormat_DISK_FORMAT_QCOW2},
+			{Id: "os", SizeBytes: 32 * mibytes, Path: g.path("os.vhdx"), Format: typesv1.DiskFormat_DISK_FORMAT_VHDX, OsDisk: true},
 		},
-		Host: "sites/lab/hosts/host-1", Firmware: typesv1.Firmware_FIRMWARE_UEFI, PowerState: typesv1.PowerState_POWER_STATE_PAUSED,
+		Host: "sites/lab/hosts/host-1", Firmware: typesv1.Firmware_FIRMWARE_UEFI, PowerState: typesv1.PowerState_POWER_STATE_OFF,
 	}
 	require.Empty(t, cmp.Diff(want, m.Description, protocmp.Transform()))
 	require.Equal(t, []Disk{
-		{ID: "data-1", Node: "Data_1", Device: "/machine/peripheral/dev-data", Size: 16 * mibytes, Format: typesv1.DiskFormat_DISK_FORMAT_QCOW2, Path: "data.qcow2"},
-		{ID: "os", Node: "os", Device: "/machine/peripheral/dev-os", Size: 32 * mibytes, Format: typesv1.DiskFormat_DISK_FORMAT_VHDX, Path: "os.vhdx", OSDisk: true},
+		{ID: "data-1", Node: "Data_1", Device: "/machine/peripheral/dev-data", Size: 16 * mibytes, Format: typesv1.DiskFormat_DISK_FORMAT_QCOW2, Path: g.path("data.qcow2")},
+		{ID: "os", Node: "os", Device: "/machine/peripheral/dev-os", Size: 32 * mibytes, Format: typesv1.DiskFormat_DISK_FORMAT_VHDX, Path: g.path("os.vhdx"), OSDisk: true},
 	}, m.Disks)
 	require.Equal(t, filepath.Join(g.folder, "web.qga"), m.AgentSocket)
 	_, findings, answered, err := g.Check(ctx, webID)
@@ -239,7 +241,7 @@ func TestBareSocket(t *testing.T) {
 	testkit.Eventually(t, 10*time.Second, func() bool {
 		require.NoError(t, g.Refresh(ctx))
 		m, err = g.Find("Web 1")
-		return err == nil && m.Description.PowerState == typesv1.PowerState_POWER_STATE_PAUSED
+		return err == nil && m.Description.PowerState == typesv1.PowerState_POWER_STATE_OFF
 	})
 }
 
@@ -354,7 +356,7 @@ func TestIncumbentStays(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, m.Problem)
 	require.Equal(t, "os", m.Disks[0].ID)
-	require.Equal(t, typesv1.PowerState_POWER_STATE_PAUSED, m.Description.PowerState)
+	require.Equal(t, typesv1.PowerState_POWER_STATE_OFF, m.Description.PowerState)
 	problems, err := g.Problems()
 	require.NoError(t, err)
 	require.Equal(t, []string{"error vm-definition VM_DEFINITION_INVALID"}, codes(problems))
