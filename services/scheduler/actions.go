@@ -46,31 +46,36 @@ const (
 // String is the sign of the domain model's table.
 func (l Legality) String() string { return [...]string{"-", "Y", "C"}[l] }
 
-// legal is the domain model's table 6.4. What is not in it is refused.
+// legal is the domain model's table 6.4, and what a failover under way allows: a cancellation (the orchestrator says
+// whether it is at a safe point), and another try after a failure. What is not in it is refused.
 var legal = func() map[State]map[Action]Legality {
 	// One letter per action, in the order of Actions: Y legal, C cancels, - refused.
 	//             P R S T P U C C C F R U D
 	rows := map[State]string{
-		EnablingFailed:             "------------Y",
-		ReadyForInitialReplication: "-Y---------YY",
-		InitialReplicating:         "Y----------YC",
-		InitialReplicationPaused:   "-Y---------YY",
-		InitialReplicationFailed:   "-Y---------YY",
-		Protected:                  "Y-YYYY-----YY",
-		Paused:                     "-YYY-Y-----YY",
-		ReplicationError:           "-YYY-Y-----YY",
-		ResyncRequired:             "-YYY-Y-----YY",
-		Resynchronizing:            "Y----C------C",
-		ResyncPaused:               "-YY--C-----YY",
-		FailedOver:                 "------YYY----",
-		CommitFailed:               "--------Y----",
-		Committed:                  "---------YYYY",
-		FailbackSyncing:            "YY-----Y-Y---",
-		FailbackWaitingInput:       "YY-----Y-Y---",
-		FailedBack:                 "--------Y----",
-		AwaitingReverse:            "----------YYY",
-		MigrationCompleted:         "------------Y",
-		DisablingFailed:            "------------Y",
+		EnablingFailed:              "------------Y",
+		ReadyForInitialReplication:  "-Y---------YY",
+		InitialReplicating:          "Y----------YC",
+		InitialReplicationPaused:    "-Y---------YY",
+		InitialReplicationFailed:    "-Y---------YY",
+		Protected:                   "Y-YYYY-----YY",
+		Paused:                      "-YYY-Y-----YY",
+		ReplicationError:            "-YYY-Y-----YY",
+		ResyncRequired:              "-YYY-Y-----YY",
+		Resynchronizing:             "Y----C------C",
+		ResyncPaused:                "-YY--C-----YY",
+		PlannedFailoverInProgress:   "-------Y-----",
+		UnplannedFailoverInProgress: "-------Y-----",
+		FailoverFailed:              "----YY-Y-----",
+		CancellingFailover:          "-----Y-------",
+		FailedOver:                  "------YYY----",
+		CommitFailed:                "-------YY----",
+		Committed:                   "---------YYYY",
+		FailbackSyncing:             "YY-----Y-Y---",
+		FailbackWaitingInput:        "YY-----Y-Y---",
+		FailedBack:                  "--------Y----",
+		AwaitingReverse:             "----------YYY",
+		MigrationCompleted:          "------------Y",
+		DisablingFailed:             "------------Y",
 	}
 	out := make(map[State]map[Action]Legality, len(rows))
 	for state, letters := range rows {

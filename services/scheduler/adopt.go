@@ -90,6 +90,8 @@ func (v *vmRun) adopt(ctx context.Context) (n next, done bool, err error) {
 	initial := v.rec.GetState() == InitialReplicating
 	idle := v.rec.GetCycle() == nil && v.rec.GetPass() == nil
 	switch {
+	case chain.Closed() && v.rec.GetState() == PlannedFailoverInProgress && isOf(v.rec.GetFailover().GetFailover(), chain.Fence.Failover):
+		return atOnce, false, v.stage(ctx, schedulerv1.FailoverStage_FAILOVER_STAGE_CLOSED)
 	case chain.Closed():
 		n, err = v.failed(ctx, errcat.New(typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED,
 			"failover %s has closed the lineage of %s", chain.Fence.Failover, v.rec.GetName()))
@@ -109,6 +111,8 @@ func (v *vmRun) adopt(ctx context.Context) (n next, done bool, err error) {
 	case v.rec.GetState() == Protected && chain.Base == 0:
 		n, err = v.failed(ctx, errcat.New(typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN, "the chain of %s has no base any more", v.rec.GetName()))
 		return n, false, err
+	case initial && idle && status.GetResyncReason() == typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST:
+		// There is nothing to compare with: the copy begins again.
 	case !resyncing && idle && status.GetResyncReason() != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED:
 		n, err = v.baselineLost(ctx, status.GetResyncReason(), status.GetResyncDetail())
 		return n, false, err
@@ -264,6 +268,9 @@ func (v *vmRun) failed(ctx context.Context, cause error) (next, error) {
 
 // stop ends replication until a person acts.
 func (v *vmRun) stop(ctx context.Context, cause error) (next, error) {
+	if v.rec.GetState() == PlannedFailoverInProgress {
+		return v.refusePlanned(ctx, detailOf(cause, v.now()), typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED)
+	}
 	to, _, err := Next(v.rec.GetState(), EvNonRecoverableError)
 	if err != nil || to == v.rec.GetState() {
 		return v.climb(ctx, cause) // no such state from here: keep trying, health says so
@@ -295,7 +302,7 @@ func (v *vmRun) loseBaseline(ctx context.Context, cause error) (next, error) {
 	if status, err := v.tracking(ctx); err == nil {
 		if !status.GetTracking() {
 			reason = typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST
-		} else if r := status.GetResyncReason(); r != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED {
+		} else if r := status.GetResyncReason(); r != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED && reason != typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST {
 			reason = r
 		}
 	}
@@ -305,11 +312,26 @@ func (v *vmRun) loseBaseline(ctx context.Context, cause error) (next, error) {
 // baselineLost gives up what is in hand and waits for a resynchronisation.
 func (v *vmRun) baselineLost(ctx context.Context, reason typesv1.ResyncReason, detailText string) (next, error) {
 	v.m.reconciled = false
-	if _, _, err := Next(v.rec.GetState(), EvBaselineLost); err != nil {
+	event := EvBaselineLost
+	switch v.rec.GetState() {
+	case InitialReplicating, Resynchronizing:
+		if reason == typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST {
+			return v.copyAgain(ctx, detailText)
+		}
+	case PlannedFailoverInProgress:
+		return v.refusePlanned(ctx, detail(typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED,
+			clip("the last point cannot be cut: "+resyncText(reason)+": "+detailText, maxErrorText), v.now()), reason)
+	case CancellingFailover:
+		event = EvCancelledDiverged
+	}
+	if _, _, err := Next(v.rec.GetState(), event); err != nil {
 		return v.climb(ctx, errcat.New(typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED, "%s", detailText))
 	}
 	v.m.endRoot(errcat.New(typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED, "%s", detailText))
-	err := v.move(ctx, EvBaselineLost, func(rec *schedulerv1.ProtectedVm) {
+	err := v.move(ctx, event, func(rec *schedulerv1.ProtectedVm) {
+		if event == EvCancelledDiverged {
+			cancelled(rec)
+		}
 		if rec.GetCycle() != nil || rec.GetPass() != nil {
 			rec.Epoch++
 		}
@@ -320,5 +342,25 @@ func (v *vmRun) baselineLost(ctx context.Context, reason typesv1.ResyncReason, d
 		v.jobs.announce(ctx, v.rec.GetName(), "resync.became-required", bus.EventID(v.rec.GetLineage(), "resync", revText(v.rev)),
 			&eventsv1.ResyncBecameRequired{Vm: v.rec.GetName(), Reason: reason, Detail: clip(detailText, maxErrorText)})
 	}
+	return atOnce, err
+}
+
+// copyAgain begins an initial replication or a comparison anew after the hypervisor lost what tracked the writes during
+// it. Nothing of the old copy is a baseline, so nobody has to be asked. The ladder keeps it from spinning.
+func (v *vmRun) copyAgain(ctx context.Context, why string) (next, error) {
+	v.m.reconciled = false
+	cause := errcat.New(typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST, "the copy begins again: %s", why)
+	v.m.endRoot(cause)
+	v.log.WarnContext(ctx, "copy begins again", "vm", v.rec.GetName(), "error", cause)
+	now := v.now()
+	err := v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+		rec.Epoch++
+		rec.Cycle, rec.Pass = nil, nil // what the host holds of them is settled when it is adopted
+		if rec.GetState() == Resynchronizing && rec.GetResyncReason() == typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED {
+			rec.ResyncReason = typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST
+		}
+		v.climbed(rec, detailOf(cause, now))
+		rec.Retry.Error.Recoverable = true
+	})
 	return atOnce, err
 }

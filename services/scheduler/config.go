@@ -36,6 +36,17 @@ type Config struct {
 	ShipTimeout time.Duration `koanf:"ship_timeout"`
 	// RetryUnit is the unit of the ladder 1, 2, 4, 8, 10, 30: a minute.
 	RetryUnit time.Duration `koanf:"retry_unit"`
+	// StopTimeout is how long a planned failover waits for the guest to power down before it says that it does not. It
+	// goes on waiting.
+	StopTimeout time.Duration `koanf:"stop_timeout"`
+	// StopPoll is how often the host is asked meanwhile whether the guest is off.
+	StopPoll time.Duration `koanf:"stop_poll"`
+	// FenceTimeout bounds each call that stops, releases or starts a machine.
+	FenceTimeout time.Duration `koanf:"fence_timeout"`
+	// FenceRetry is how often the host of a machine that was failed over is asked to fence it, the first six times, and
+	// the longest gap of the ladder while a planned failover waits for it; FenceRetryMax is how often it is asked after that.
+	FenceRetry    time.Duration `koanf:"fence_retry"`
+	FenceRetryMax time.Duration `koanf:"fence_retry_max"`
 	// WindowBytes is how much of a disk one task of a full pass covers.
 	WindowBytes int64 `koanf:"window_bytes"`
 	// ChunkBytes is the chunk of a comparing pass.
@@ -57,6 +68,8 @@ func Default() Config {
 	return Config{
 		LeaseTTL: 10 * time.Second, Workers: 8, CallTimeout: 30 * time.Second, StorageTimeout: time.Minute,
 		Poll: 5 * time.Second, Republish: 5 * time.Minute, ShipTimeout: 4 * time.Hour, RetryUnit: time.Minute,
+		StopTimeout: 10 * time.Minute, StopPoll: time.Second, FenceTimeout: 15 * time.Second,
+		FenceRetry: 10 * time.Second, FenceRetryMax: time.Minute,
 		WindowBytes: 512 << 20, ChunkBytes: 64 << 10, Resync: ResyncConfig{Auto: AutoResyncOff}, MetricVMs: 200,
 	}
 }
@@ -77,6 +90,11 @@ func (c Config) Validate() error {
 	bad(c.Republish > 0, "republish: must be positive")
 	bad(c.ShipTimeout > c.Republish, "ship_timeout: %s is not above republish (%s)", c.ShipTimeout, c.Republish)
 	bad(c.RetryUnit > 0, "retry_unit: must be positive")
+	bad(c.StopTimeout > 0, "stop_timeout: must be positive")
+	bad(c.StopPoll > 0, "stop_poll: must be positive")
+	bad(c.FenceTimeout > 0, "fence_timeout: must be positive")
+	bad(c.FenceRetry > 0, "fence_retry: must be positive")
+	bad(c.FenceRetryMax >= c.FenceRetry, "fence_retry_max: %s is below fence_retry (%s)", c.FenceRetryMax, c.FenceRetry)
 	bad(c.WindowBytes >= windowAlign, "window_bytes: %d is below 1 MiB", c.WindowBytes)
 	bad(c.ChunkBytes >= 4096 && c.ChunkBytes <= 1<<20 && c.ChunkBytes&(c.ChunkBytes-1) == 0,
 		"chunk_bytes: %d is not a power of two from 4096 to 1 MiB", c.ChunkBytes)

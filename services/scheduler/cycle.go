@@ -77,7 +77,7 @@ func endSpan(span trace.Span, err error) {
 
 // kind is what a cut commits as: base at the end of a copy or a comparison, point otherwise.
 func (v *vmRun) kind() typesv1.PointKind {
-	if v.rec.GetState() == Protected {
+	if v.rec.GetState() == Protected || v.rec.GetState() == PlannedFailoverInProgress {
 		return typesv1.PointKind_POINT_KIND_POINT
 	}
 	return typesv1.PointKind_POINT_KIND_BASE
@@ -97,13 +97,14 @@ func (v *vmRun) beginCycle(ctx context.Context) (next, error) {
 	}
 	ordinal := v.rec.GetNextOrdinal()
 	traceparent := v.beginRoot(ctx, spanCycle, ordinal)
+	consistency := v.wantedConsistency(now)
 	err := v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
 		rec.Counters.MissedCycles += late
 		rec.NextOrdinal = ordinal + 1
 		rec.NextCycleTime = timestamppb.New(due.Add(time.Duration(late+1) * interval))
 		rec.Cycle = &schedulerv1.Cycle{
 			Point: ordinal, Epoch: rec.GetEpoch(), Phase: schedulerv1.CyclePhase_CYCLE_PHASE_CUTTING, Kind: v.kind(),
-			CutTime: timestamppb.New(now), PhaseTime: timestamppb.New(now), Traceparent: traceparent,
+			CutTime: timestamppb.New(now), PhaseTime: timestamppb.New(now), Traceparent: traceparent, Consistency: consistency,
 		}
 	})
 	if err == nil {
@@ -151,6 +152,9 @@ func (v *vmRun) cut(ctx context.Context) (next, error) {
 	sctx, span := v.span(ctx, c.GetTraceparent(), spanCut)
 	resp, err := v.cutOnHost(sctx, c)
 	endSpan(span, err)
+	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_CONSISTENCY_UNSUPPORTED) && c.GetConsistency() == typesv1.Consistency_CONSISTENCY_APPLICATION {
+		return v.cutWithoutFreeze(ctx, err)
+	}
 	if err != nil {
 		return v.giveUp(ctx, err)
 	}
@@ -165,13 +169,21 @@ func (v *vmRun) cut(ctx context.Context) (next, error) {
 		bytes += d.GetChangeBytes()
 	}
 	v.m.cutHere = c.GetPoint()
-	return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+	degraded := v.degraded(c, resp)
+	err = v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
 		rec.Cycle.Phase, rec.Cycle.PhaseTime = schedulerv1.CyclePhase_CYCLE_PHASE_CUT, stamp(v)
 		rec.Cycle.Base, rec.Cycle.Consistency, rec.Cycle.ChangeBytes = resp.GetPoint().GetBase(), resp.GetConsistency(), bytes
 		if resp.GetMachine() != nil {
 			rec.Machine = resp.GetMachine()
 		}
+		if degraded != nil {
+			rec.AppConsistencyError = degraded
+		}
 	})
+	if err == nil {
+		v.tellDegraded(ctx, c.GetPoint(), degraded)
+	}
+	return atOnce, err
 }
 
 func (v *vmRun) cutOnHost(ctx context.Context, c *schedulerv1.Cycle) (*hostproviderv1.CutPointResponse, error) {
@@ -183,7 +195,7 @@ func (v *vmRun) cutOnHost(ctx context.Context, c *schedulerv1.Cycle) (*hostprovi
 	}
 	return host.CutPoint(ctx, &hostproviderv1.CutPointRequest{
 		Vm: v.vmID(), Lineage: v.rec.GetLineage(), Point: c.GetPoint(), Epoch: v.rec.GetEpoch(),
-		Consistency: typesv1.Consistency_CONSISTENCY_CRASH,
+		Consistency: consistencyOf(c),
 	})
 }
 
@@ -319,6 +331,10 @@ func (v *vmRun) settleCommitted(ctx context.Context) (next, error) {
 		rec.Counters.ShippedBytes += stored
 		rec.Counters.ChangedBytes += changed
 		rec.Cycle, rec.Retry, rec.Resynchronizing = nil, nil, false
+		if c.GetConsistency() == typesv1.Consistency_CONSISTENCY_APPLICATION {
+			rec.LastAppPointTime, rec.AppConsistencyError = c.GetCutTime(), nil
+		}
+		v.lastPointSent(rec, c.GetPoint())
 		if interval := v.policy.GetCopyInterval().AsDuration(); v.rec.GetState() != Protected || v.now().Sub(c.GetCutTime().AsTime()) >= interval {
 			rec.NextCycleTime = stamp(v) // late already: the next one starts at once
 		}
@@ -420,7 +436,7 @@ func (v *vmRun) giveUp(ctx context.Context, cause error) (next, error) {
 			rec.Counters.AbandonedPoints++
 		}
 		if !quiet {
-			rec.Retry = climb(rec.GetRetry(), detailOf(cause, now), now, v.cfg.RetryUnit)
+			v.climbed(rec, detailOf(cause, now))
 			rec.Retry.NextTime = nil // the host is told first, then the gap counts
 		}
 	})
@@ -456,6 +472,9 @@ func (v *vmRun) settleAbandoned(ctx context.Context) (next, error) {
 func (v *vmRun) nextRung(ctx context.Context, change func(rec *schedulerv1.ProtectedVm)) (next, error) {
 	retry := v.rec.GetRetry()
 	if retry != nil && Classify(reasonOf(retry.GetError())) == ClassFatal {
+		if v.rec.GetState() == PlannedFailoverInProgress {
+			return v.refusePlanned(ctx, retry.GetError(), typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED)
+		}
 		if to, _, err := Next(v.rec.GetState(), EvNonRecoverableError); err == nil && to != v.rec.GetState() {
 			return atOnce, v.move(ctx, EvNonRecoverableError, func(rec *schedulerv1.ProtectedVm) {
 				change(rec)
@@ -466,7 +485,7 @@ func (v *vmRun) nextRung(ctx context.Context, change func(rec *schedulerv1.Prote
 	return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
 		change(rec)
 		if rec.GetRetry() != nil {
-			rec.Retry.NextTime = timestamppb.New(v.now().Add(Gap(rec.GetRetry().GetAttempt(), v.cfg.RetryUnit)))
+			rec.Retry.NextTime = timestamppb.New(v.now().Add(v.gap(rec.GetRetry().GetAttempt(), rec.GetRetry().GetError())))
 		}
 	})
 }

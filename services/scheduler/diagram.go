@@ -13,7 +13,7 @@ func Diagram() string {
 	b.WriteString("<!-- Generated from services/scheduler/state.go and actions.go; do not edit. -->\n")
 	b.WriteString("# The states of a protected VM\n\n")
 	b.WriteString("One pure table `(state, event) -> (state, effects)`; what has no row is refused with both names.\n")
-	b.WriteString("Rows of failover and failback are raised by services that come with later releases.\n\n")
+	b.WriteString("Rows of failover are raised by what the failover's record says. Rows of failback come with later releases.\n\n")
 	b.WriteString("```mermaid\nstateDiagram-v2\n    direction TB\n")
 	fmt.Fprintf(&b, "    [*] --> %s\n", StateName(Unprotected))
 	for _, edge := range edges() {

@@ -19,7 +19,8 @@ import (
 // disable ends protection: the host stops tracking, the lineage is closed, the record goes. Storage stays: whoever wants
 // the space back deletes it. Each step can be repeated; the job is told before the record goes.
 func (v *vmRun) disable(ctx context.Context) (next, error) {
-	stopped := "tracking has stopped"
+	unfenced := v.fenceOnce(ctx)
+	stopped := "tracking has stopped" + unfenced
 	if err := v.removeOnHost(ctx); err != nil {
 		switch reason := errcat.Reason(errcat.FromError(err)); {
 		case reason == typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND, reason == typesv1.ErrorReason_ERROR_REASON_TRACKING_NOT_STARTED,

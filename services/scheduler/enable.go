@@ -64,7 +64,14 @@ func (v *vmRun) dropEnded(ctx context.Context) bool {
 		return false
 	}
 	state, err := chain.Refresh(sctx)
-	if err != nil || !state.Closed() || state.Fence.Failover != disableFence(status.GetLineage()) {
+	if err != nil || !state.Closed() {
+		return false
+	}
+	ended := state.Fence.Failover == disableFence(status.GetLineage())
+	for _, f := range v.followed.of(v.rec.GetName(), status.GetLineage()) { // or by the failover that was committed before
+		ended = ended || f.GetPhase() == phaseCommitted && isOf(f.GetName(), state.Fence.Failover)
+	}
+	if !ended {
 		return false
 	}
 	hctx, cancel := v.call(ctx)
@@ -126,7 +133,8 @@ func findingsError(vm string, findings []*hostproviderv1.Finding) error {
 // enableFailed climbs the ladder for what may pass by itself, and ends in EnablingFailed for the rest, with nothing left
 // on the host.
 func (v *vmRun) enableFailed(ctx context.Context, cause error) (next, error) {
-	if c := Classify(errcat.Reason(errcat.FromError(cause))); c == ClassRecoverable && int(v.rec.GetRetry().GetAttempt()) < len(rungs) {
+	reason := errcat.Reason(errcat.FromError(cause))
+	if Classify(reason) == ClassRecoverable && reason != typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND && int(v.rec.GetRetry().GetAttempt()) < len(rungs) {
 		return v.climb(ctx, cause) // the whole ladder once; nobody waits for ever for a protection that does not begin
 	}
 	if host, err := v.hostClient(ctx); err == nil {
@@ -173,7 +181,7 @@ func (v *vmRun) replicate(ctx context.Context) (next, error) {
 	status := v.m.status
 	switch v.rec.GetState() {
 	case InitialReplicating:
-		if status.GetBase() == 0 {
+		if status.GetBase() == 0 || status.GetResyncReason() == typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST {
 			return v.beginPass(ctx, typesv1.PassScope_PASS_SCOPE_FULL)
 		}
 	case Resynchronizing:

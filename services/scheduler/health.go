@@ -23,6 +23,10 @@ const (
 	HealthError          = "REPLICATION_ERROR"
 	HealthNotReversed    = "FAILED_OVER_WITHOUT_REVERSE"
 	HealthEnableFailed   = "ENABLING_FAILED"
+	HealthFailoverFailed = "FAILOVER_FAILED"
+	HealthAppConsistency = "APPLICATION_CONSISTENCY_MISSED"
+	// HealthNotFenced is the reason of the catalogue: two copies of the machine may run.
+	HealthNotFenced = "SOURCE_NOT_FENCED"
 )
 
 const (
@@ -56,8 +60,18 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 		worst = max(worst, h)
 	}
 	behind := false
+	if notFenced(vm) { // whatever the state says: two copies may run
+		text, todo := "two copies of the VM may run: its host has not said that the source is stopped", "Stop the machine at its site and keep it off; Landfall goes on asking its host."
+		if e := vm.GetFailover().GetError(); e != nil {
+			text += ": " + e.GetWhat()
+		}
+		add(critical, HealthNotFenced, text, todo)
+	}
 	switch vm.GetState() {
 	case Unprotected, Disabling, DisablingFailed, MigrationCompleted, EnablingProtection:
+		if worst == critical {
+			return worst, bad
+		}
 		return typesv1.Health_HEALTH_NOT_APPLICABLE, nil
 	case EnablingFailed:
 		add(critical, HealthEnableFailed, what(vm, "protection could not be enabled"), "Resolve the findings of the job, then protect the VM again or end its protection.")
@@ -80,6 +94,16 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 		add(warning, HealthResyncing, "source and target are being compared", "Wait for it: `landfall jobs --watch`.")
 	case ResyncPaused:
 		add(critical, HealthPaused, "resynchronisation is paused", "Run `landfall resume VM`.")
+	case PlannedFailoverInProgress:
+		if e := vm.GetFailover().GetError(); e != nil {
+			add(warning, e.GetReason(), e.GetWhat(), e.GetAction())
+		}
+	case FailoverFailed:
+		text := "the failover failed"
+		if e := vm.GetFailover().GetError(); e != nil {
+			text += ": " + e.GetWhat()
+		}
+		add(critical, HealthFailoverFailed, text, "See the failover's job; then try again or cancel the failover.")
 	case FailedOver, Committed, FailedBack, AwaitingReverse:
 		add(warning, HealthNotReversed, "the VM is not protected in its present place", "Finish the failover and reverse replication.")
 	}
@@ -95,9 +119,14 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 			add(warning, HealthMissedCycles, fmt.Sprintf("%d of %d cycles were missed within %s", recent.Missed, recent.Due, missedWindow), "Lengthen the copy interval or give replication more bandwidth.")
 		}
 	}
-	if r := vm.GetRetry(); r.GetAttempt() > 0 && vm.GetState() != ReplicationError && vm.GetState() != InitialReplicationFailed && vm.GetState() != EnablingFailed {
+	if e := vm.GetAppConsistencyError(); e != nil && p.GetAppConsistentInterval() != nil && vm.GetState() == Protected {
+		add(warning, HealthAppConsistency, "points are only crash-consistent: "+e.GetWhat(), e.GetAction())
+	}
+	if r := vm.GetRetry(); r.GetAttempt() > 0 && !afterFailover(vm.GetState()) && vm.GetState() != ReplicationError && vm.GetState() != InitialReplicationFailed && vm.GetState() != EnablingFailed {
 		h := warning
-		if r.GetAttempt() >= int32(len(rungs)) || now.Sub(r.GetFirstFailureTime().AsTime()) > behindLimit {
+		if reasonOf(r.GetError()) == typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE {
+			// Most often the machine is simply off, and then nothing is lost: how far it is behind decides.
+		} else if r.GetAttempt() >= int32(len(rungs)) || now.Sub(r.GetFirstFailureTime().AsTime()) > behindLimit {
 			h = critical
 		}
 		add(h, HealthCannotSend, fmt.Sprintf("attempt %d failed: %s", r.GetAttempt(), r.GetError().GetWhat()), r.GetError().GetAction())
@@ -128,6 +157,8 @@ var resyncTexts = map[typesv1.ResyncReason]string{
 	typesv1.ResyncReason_RESYNC_REASON_TRACKING_GAP:         "some time passed without tracking",
 	typesv1.ResyncReason_RESYNC_REASON_BASE_AHEAD:           "the host's base is newer than the journal",
 	typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST:      "the host does not know the protection any more",
+	typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST:          "the hypervisor lost its dirty bitmap: it was restarted, or the bitmap was removed",
+	typesv1.ResyncReason_RESYNC_REASON_SOURCE_DIVERGED:      "a failover was cancelled and the host holds no base to go on from",
 }
 
 func resyncText(r typesv1.ResyncReason) string {

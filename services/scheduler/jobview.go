@@ -148,6 +148,17 @@ func (w jobWriter) allCopied(rec *schedulerv1.ProtectedVm, h *hints) {
 	p.DoneBytes, p.SentBytes = p.TotalBytes, max(p.SentBytes, h.lastStored())
 }
 
+// cancelled says that something has overtaken the job.
+func (w jobWriter) cancelled(why string) {
+	for _, s := range w.job.GetSteps() {
+		if s.State == jobRunning || s.State == jobSuspended {
+			w.step(s, jobCancelled)
+			s.Detail = why
+		}
+	}
+	w.state(jobCancelled, nil)
+}
+
 func (w jobWriter) resync(rec *schedulerv1.ProtectedVm, h *hints) {
 	found := w.job.GetResync()
 	if found == nil {
@@ -155,6 +166,8 @@ func (w jobWriter) resync(rec *schedulerv1.ProtectedVm, h *hints) {
 		w.job.Result = &typesv1.Job_Resync{Resync: found}
 	}
 	switch rec.GetState() {
+	case PlannedFailoverInProgress, UnplannedFailoverInProgress, FailoverFailed, FailedOver, CancellingFailover:
+		w.cancelled("a failover has overtaken it")
 	case Resynchronizing:
 		w.progress(rec, h)
 		if p := rec.GetPass(); p.GetScope() == typesv1.PassScope_PASS_SCOPE_COMPARE {

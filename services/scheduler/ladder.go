@@ -20,6 +20,42 @@ func Gap(attempt int32, unit time.Duration) time.Duration {
 	return time.Duration(rungs[i]) * unit
 }
 
+// offAttempts is how far the ladder is climbed for a hypervisor that does not answer: most often its machine is simply
+// off, and the first point after it was started should not wait for half an hour.
+const offAttempts = 3
+
+// gap is how long to wait after the given failed attempt in the VM's present state: a planned failover, for which
+// people wait, does not wait long.
+func (v *vmRun) gap(attempt int32, cause *typesv1.ErrorDetail) time.Duration {
+	if reasonOf(cause) == typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE {
+		attempt = min(attempt, offAttempts)
+	}
+	gap := Gap(attempt, v.cfg.RetryUnit)
+	if v.rec.GetState() == PlannedFailoverInProgress {
+		gap = min(gap, v.cfg.FenceRetry)
+	}
+	return gap
+}
+
+// climbed puts one more failure into the record. A planned failover shows it.
+func (v *vmRun) climbed(rec *schedulerv1.ProtectedVm, e *typesv1.ErrorDetail) {
+	now := v.now()
+	rec.Retry = climb(rec.GetRetry(), e, now, v.cfg.RetryUnit)
+	rec.Retry.NextTime = timestamppb.New(now.Add(v.gap(rec.Retry.Attempt, e)))
+	if rec.GetState() == PlannedFailoverInProgress && rec.GetFailover() != nil {
+		rec.Failover.Error = e
+	}
+}
+
+// retryWait is how long the ladder still waits.
+func (v *vmRun) retryWait() time.Duration {
+	at := v.rec.GetRetry().GetNextTime()
+	if at == nil {
+		return 0
+	}
+	return max(at.AsTime().Sub(v.now()), 0)
+}
+
 // climb is the retry record after one more failure at now. Climbing from nil begins a new series.
 func climb(r *schedulerv1.Retry, e *typesv1.ErrorDetail, now time.Time, unit time.Duration) *schedulerv1.Retry {
 	next := &schedulerv1.Retry{Attempt: r.GetAttempt() + 1, FirstFailureTime: r.GetFirstFailureTime(), Error: e}
@@ -38,6 +74,7 @@ var resyncReasons = map[typesv1.ErrorReason]typesv1.ResyncReason{
 	typesv1.ErrorReason_ERROR_REASON_BASE_AHEAD:           typesv1.ResyncReason_RESYNC_REASON_BASE_AHEAD,
 	typesv1.ErrorReason_ERROR_REASON_LOG_LIMIT_REACHED:    typesv1.ResyncReason_RESYNC_REASON_LOG_LIMIT,
 	typesv1.ErrorReason_ERROR_REASON_TRACKING_NOT_STARTED: typesv1.ResyncReason_RESYNC_REASON_HOST_STATE_LOST,
+	typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST:          typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST,
 }
 
 // reopen are refusals that another task of a fresh ordinal and the present epoch and open can get past: the work in
@@ -80,7 +117,8 @@ func Classify(reason typesv1.ErrorReason) Class {
 	switch reason {
 	case typesv1.ErrorReason_ERROR_REASON_UNSPECIFIED, typesv1.ErrorReason_ERROR_REASON_INTERNAL,
 		typesv1.ErrorReason_ERROR_REASON_REDELIVERIES_EXHAUSTED, typesv1.ErrorReason_ERROR_REASON_CANCELLED,
-		typesv1.ErrorReason_ERROR_REASON_HOST_NOT_FOUND: // it may register again
+		typesv1.ErrorReason_ERROR_REASON_HOST_NOT_FOUND, // it may register again
+		typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND:   // its folder may be mounted again, its host may be starting
 		return ClassRecoverable
 	}
 	if e, ok := errcat.Lookup(reason); ok && !e.Recoverable {

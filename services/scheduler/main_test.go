@@ -35,6 +35,7 @@ func quick() scheduler.Config {
 	c := scheduler.Default()
 	c.LeaseTTL, c.CallTimeout, c.Poll = time.Second, 5*time.Second, 250*time.Millisecond
 	c.RetryUnit, c.WindowBytes, c.Workers = 20*time.Millisecond, 2*schedulertest.BlockSize, 4
+	c.StopPoll, c.FenceRetry, c.FenceRetryMax = 20*time.Millisecond, 50*time.Millisecond, 100*time.Millisecond
 	return c
 }
 

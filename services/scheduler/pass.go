@@ -286,6 +286,9 @@ func (v *vmRun) settlePass(ctx context.Context) (next, error) {
 	sctx, span := v.span(ctx, p.GetTraceparent(), spanSettle)
 	status, err := v.settlePassOnHost(sctx, p.GetOrdinal(), typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED)
 	endSpan(span, err)
+	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST) && p.GetScope() != typesv1.PassScope_PASS_SCOPE_DIRTY {
+		return v.copyAgain(ctx, err.Error()) // nothing covers the writes since the pass began
+	}
 	settled := err == nil
 	if ok, n, err := v.afterSettle(ctx, status, err); !ok {
 		return n, err
@@ -334,6 +337,8 @@ func (v *vmRun) giveUpPass(ctx context.Context, cause error) (next, error) {
 	switch {
 	case class == ClassResync && p.GetScope() == typesv1.PassScope_PASS_SCOPE_DIRTY:
 		return v.loseBaseline(ctx, cause)
+	case class == ClassResync && beginning && v.rec.GetState() == PlannedFailoverInProgress:
+		return v.loseBaseline(ctx, cause)
 	case class == ClassRecoverable && beginning: // same ordinal again: BeginPass is idempotent
 		return v.climb(ctx, cause)
 	}
@@ -346,7 +351,7 @@ func (v *vmRun) giveUpPass(ctx context.Context, cause error) (next, error) {
 		rec.Epoch++
 		rec.Pass.Phase, rec.Pass.PhaseTime = schedulerv1.PassPhase_PASS_PHASE_ABANDONING, timestamppb.New(now)
 		if !quiet {
-			rec.Retry = climb(rec.GetRetry(), detailOf(cause, now), now, v.cfg.RetryUnit)
+			v.climbed(rec, detailOf(cause, now))
 			rec.Retry.NextTime = nil
 		}
 	})
@@ -367,6 +372,9 @@ func (v *vmRun) settleAbandonedPass(ctx context.Context) (next, error) {
 	v.m.reconciled = false
 	return v.nextRung(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Pass = nil })
 }
+
+// maxBadExports is how often tasks of a pass may find their exports unusable before the pass is begun anew.
+const maxBadExports = 3
 
 // taskFailed is what a worker reported of the point or pass in hand; reports of anything else change nothing.
 func (v *vmRun) taskFailed(ctx context.Context, ordinal, epoch uint64, d *typesv1.ErrorDetail) error {
@@ -396,6 +404,14 @@ func (v *vmRun) taskFailed(ctx context.Context, ordinal, epoch uint64, d *typesv
 	case ClassResync:
 		_, err := v.loseBaseline(ctx, cause)
 		return err
+	case ClassRecoverable:
+		if reason != typesv1.ErrorReason_ERROR_REASON_SOURCE_EXPORT_INVALID {
+			v.m.badExports = 0
+		} else if v.m.badExports++; v.m.badExports >= maxBadExports { // the hypervisor that served the pass is gone
+			v.m.badExports = 0
+			_, err := v.giveUpPass(ctx, cause)
+			return err
+		}
 	case ClassFatal:
 		v.forgetPublished()
 		_, err := v.stop(ctx, cause)
@@ -408,7 +424,7 @@ func (v *vmRun) taskFailed(ctx context.Context, ordinal, epoch uint64, d *typesv
 				w.PublishTime = nil
 			}
 		}
-		rec.Retry = climb(rec.GetRetry(), detailOf(cause, now), now, v.cfg.RetryUnit)
+		v.climbed(rec, detailOf(cause, now))
 	})
 }
 

@@ -31,6 +31,8 @@ var (
 	fpAfterPublish  = failpoint.Register("scheduler/after-publish")
 	fpBeforeSettle  = failpoint.Register("scheduler/before-settle")
 	fpAfterSettle   = failpoint.Register("scheduler/after-settle")
+	fpBeforeStop    = failpoint.Register("scheduler/before-stop")
+	fpAfterStop     = failpoint.Register("scheduler/after-stop")
 )
 
 const (
@@ -60,6 +62,8 @@ type reconciler struct {
 	views  *views
 	jobs   *jobBook
 	queue  *workQueue
+	// followed is what the bucket of failovers says.
+	followed *failovers
 
 	mu      sync.Mutex
 	mem     map[string]*memory
@@ -88,6 +92,12 @@ type memory struct {
 	attempt     int       // of that task, for its id
 	nextPoll    time.Time // when to ask storage next
 	quiet       int       // refusals in a row that did not climb the ladder
+	badExports  int       // reports in a row that the exports of the pass in hand are not what they must be
+
+	fenceAt    time.Time // when to ask the host next about the machine that was failed over
+	fenceTries int
+	fencePoll  time.Time // when to ask storage next whether the failover has closed the lineage
+	released   string    // failover whose machine this process has released
 
 	hints  hints // what events said; has its own lock
 	cycles cycleLog
@@ -101,6 +111,7 @@ func (m *memory) restart(lineage string) {
 	m.endRoot(nil)
 	m.lineage, m.reconciled, m.adoptedEpoch, m.status, m.chain = lineage, false, 0, nil, nil
 	m.cutHere, m.published, m.publishedAt, m.attempt, m.nextPoll, m.quiet = 0, 0, time.Time{}, 0, time.Time{}, 0
+	m.badExports, m.fenceAt, m.fenceTries, m.fencePoll, m.released = 0, time.Time{}, 0, time.Time{}, ""
 	m.cycles, m.job, m.jobRev, m.jobAt = cycleLog{}, nil, 0, time.Time{}
 }
 
@@ -174,6 +185,9 @@ func (r *reconciler) with(ctx context.Context, key string, do func(v *vmRun) err
 
 // worker takes VMs from the queue until ctx ends.
 func (r *reconciler) worker(ctx context.Context) error {
+	if !r.followed.await(ctx) {
+		return nil
+	}
 	for {
 		key, ok := r.queue.get(ctx)
 		if !ok {
@@ -278,10 +292,11 @@ func (v *vmRun) once(ctx context.Context) (next, error) {
 
 // step is the decision: what the state asks for next.
 func (v *vmRun) step(ctx context.Context) (next, error) {
-	if at := v.rec.GetRetry().GetNextTime(); at != nil {
-		if wait := at.AsTime().Sub(v.now()); wait > 0 {
-			return later(wait), nil // between two rungs of the ladder
-		}
+	if n, took, err := v.followFailover(ctx); took || err != nil {
+		return n, err
+	}
+	if wait := v.retryWait(); wait > 0 {
+		return later(wait), nil // between two rungs of the ladder
 	}
 	switch v.rec.GetState() {
 	case EnablingProtection:
@@ -354,10 +369,8 @@ func (v *vmRun) climb(ctx context.Context, cause error) (next, error) {
 	}
 	now := v.now()
 	v.log.WarnContext(ctx, "replication step failed", "vm", v.rec.GetName(), "state", StateName(v.rec.GetState()), "attempt", v.rec.GetRetry().GetAttempt()+1, "error", cause)
-	err := v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
-		rec.Retry = climb(rec.GetRetry(), detailOf(cause, now), now, v.cfg.RetryUnit)
-	})
-	return later(Gap(v.rec.GetRetry().GetAttempt(), v.cfg.RetryUnit)), err
+	err := v.save(ctx, func(rec *schedulerv1.ProtectedVm) { v.climbed(rec, detailOf(cause, now)) })
+	return later(v.retryWait()), err
 }
 
 // hostClient is the host-provider of the VM's host.

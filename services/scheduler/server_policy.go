@@ -23,10 +23,13 @@ type policyServer struct {
 
 // Bounds of a policy.
 const (
-	minInterval   = time.Second
-	maxInterval   = 15 * time.Minute
-	maxStartAhead = 7 * 24 * time.Hour
-	maxParallel   = 64
+	minInterval = time.Second
+	maxInterval = 15 * time.Minute
+	// A freeze holds the guest's writes: not more often than every minute.
+	minAppInterval = time.Minute
+	maxAppInterval = 12 * time.Hour
+	maxStartAhead  = 7 * 24 * time.Hour
+	maxParallel    = 64
 )
 
 var policyPattern = regexp.MustCompile(`^policies/[a-z0-9][a-z0-9-]{0,39}$`)
@@ -46,6 +49,11 @@ func validatePolicy(p *schedulerv1.Policy, now time.Time) error {
 	threshold := p.GetRpoAlertThreshold().AsDuration()
 	bad(threshold == 0 || threshold >= interval, "rpo_alert_threshold", "%s is below the copy interval %s: it would always alert", threshold, interval)
 	bad(p.GetParallelUploads() >= 0 && p.GetParallelUploads() <= maxParallel, "parallel_uploads", "%d is not in 0..%d", p.GetParallelUploads(), maxParallel)
+	if app := p.GetAppConsistentInterval(); app != nil {
+		d := app.AsDuration()
+		bad(d >= minAppInterval && d <= maxAppInterval, "app_consistent_interval", "%s is not between %s and %s", d, minAppInterval, maxAppInterval)
+		bad(d >= interval, "app_consistent_interval", "%s is below the copy interval %s", d, interval)
+	}
 	if start := p.GetInitialReplicationStartTime(); start != nil {
 		bad(start.AsTime().Sub(now) <= maxStartAhead, "initial_replication_start_time", "is more than 7 days ahead")
 	}

@@ -152,7 +152,7 @@ func (s *Service) term(ctx context.Context) error {
 	r := &reconciler{
 		cfg: s.cfg, bus: s.bus, store: s.store, blobs: s.deps.Store, hosts: s.deps.Hosts, now: s.now, log: s.log,
 		tracer: s.tracer, views: s.views, jobs: s.jobs, queue: newWorkQueue(),
-		mem: map[string]*memory{}, written: map[string]uint64{},
+		mem: map[string]*memory{}, written: map[string]uint64{}, followed: newFailovers(),
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -165,6 +165,7 @@ func (s *Service) term(ctx context.Context) error {
 	}
 	group.Go(func() error { return r.watch(ctx) })
 	group.Go(func() error { return r.watchPolicies(ctx) })
+	group.Go(func() error { return r.watchFailovers(ctx) })
 	group.Go(func() error { return r.janitor(ctx) })
 	group.Go(func() error { return r.consume(ctx) })
 	err := group.Wait()

@@ -338,12 +338,12 @@ func TestFatalErrorStopsReplication(t *testing.T) {
 	l.awaitState(scheduler.Protected)
 	l.host.Fail(func(method string) error {
 		if method == "CutPoint" {
-			return errcat.New(typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND, "the machine is gone")
+			return errcat.New(typesv1.ErrorReason_ERROR_REASON_PERMISSION_DENIED, "the host lets nobody in")
 		}
 		return nil
 	})
 	vm := l.awaitState(scheduler.ReplicationError)
-	require.Equal(t, "VM_NOT_FOUND", vm.GetRetry().GetError().GetReason())
+	require.Equal(t, "PERMISSION_DENIED", vm.GetRetry().GetError().GetReason())
 	l.await("critical", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetHealth() == typesv1.Health_HEALTH_CRITICAL })
 	cuts := l.host.Calls("CutPoint")
 	l.host.Fail(nil)

@@ -78,7 +78,8 @@ func StateName(s State) string {
 // table stays a pure function of (state, event).
 type Event string
 
-// The events. Those of failover and failback are raised by the orchestrator's facts, which later releases bring.
+// The events. Those of failover are raised by what the orchestrator's record says, see follow.go; those of failback come
+// with later releases.
 const (
 	EvEnable              Event = "enable"
 	EvEnablingFailed      Event = "enabling-failed"
@@ -109,6 +110,8 @@ const (
 	EvCancelFailover      Event = "cancel-failover"
 	EvCancelledClean      Event = "failover-cancelled-source-unchanged"
 	EvCancelledDiverged   Event = "failover-cancelled-source-diverged"
+	EvCancelledPaused     Event = "failover-cancelled-was-paused"
+	EvCancelledError      Event = "failover-cancelled-was-stopped"
 	EvCommit              Event = "commit"
 	EvCommitted           Event = "committed"
 	EvCommitError         Event = "commit-error"
@@ -242,9 +245,14 @@ var rows = []struct {
 	{[]State{FailedOver}, EvChangePoint, ChangingRecoveryPoint, []Effect{FxBuildTarget}},
 	{[]State{ChangingRecoveryPoint}, EvTargetRunning, FailedOver, nil},
 	{[]State{ChangingRecoveryPoint}, EvTargetFailed, FailoverFailed, []Effect{FxAlert}},
-	{[]State{FailedOver}, EvCancelFailover, CancellingFailover, []Effect{FxDiscardTarget}},
+	{[]State{FailedOver, CommitFailed}, EvCancelFailover, CancellingFailover, []Effect{FxDiscardTarget}},
+	{[]State{PlannedFailoverInProgress, UnplannedFailoverInProgress}, EvCancelFailover, CancellingFailover, []Effect{FxCancelActivity, FxDiscardTarget}},
+	{[]State{FailoverFailed}, EvCancelFailover, CancellingFailover, []Effect{FxDiscardTarget}},
 	{[]State{CancellingFailover}, EvCancelledClean, Protected, []Effect{FxActivePrimary}},
 	{[]State{CancellingFailover}, EvCancelledDiverged, ResyncRequired, []Effect{FxActivePrimary, FxRecordReason}},
+	{[]State{CancellingFailover}, EvCancelledPaused, Paused, []Effect{FxActivePrimary}},
+	{[]State{CancellingFailover}, EvCancelledError, ReplicationError, []Effect{FxActivePrimary}},
+	{[]State{CancellingFailover}, EvUnplannedFailover, UnplannedFailoverInProgress, []Effect{FxBuildTarget}},
 	{[]State{FailedOver, CommitFailed}, EvCommit, Committing, []Effect{FxDeletePoints}},
 	{[]State{Committing}, EvCommitted, Committed, nil},
 	{[]State{Committing}, EvCommitError, CommitFailed, []Effect{FxAlert}},

@@ -83,7 +83,7 @@ func (s *store) testFailover(ctx context.Context, name string) (typesv1.TestFail
 	}
 	for _, f := range all {
 		switch state := f.Value.GetState(); {
-		case f.Value.GetVm() != name:
+		case f.Value.GetVm() != name, takesOver(f.Value):
 		case state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_UNSPECIFIED, state == none,
 			state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
 		default:

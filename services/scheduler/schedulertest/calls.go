@@ -78,6 +78,7 @@ func (h *Host) RemoveReplicationRelationship(_ context.Context, r *hostproviderv
 		}
 		h.forgetLocked()
 	}
+	// The machine is not started, and a fence stays.
 	return &hostproviderv1.RemoveReplicationRelationshipResponse{}, nil
 }
 
@@ -101,10 +102,15 @@ func (h *Host) CutPoint(_ context.Context, r *hostproviderv1.CutPointRequest) (*
 	case len(h.dirty) > 0, h.base == 0:
 		return nil, refuse(typesv1.ErrorReason_ERROR_REASON_PASS_REQUIRED, "%d blocks are dirty", len(h.dirty))
 	default:
+		consistency, degraded, err := h.freeze(r.GetConsistency())
+		if err != nil {
+			return nil, err
+		}
 		p = h.cutLocked(r.GetPoint())
+		h.open.consistency, h.open.degraded = consistency, degraded
 	}
 	return &hostproviderv1.CutPointResponse{
-		Point: proto.Clone(p).(*typesv1.HostPoint), Consistency: r.GetConsistency(), Machine: h.machineLocked(),
+		Point: proto.Clone(p).(*typesv1.HostPoint), Consistency: h.open.consistency, Degraded: h.open.degraded, Machine: h.machineLocked(),
 	}, nil
 }
 

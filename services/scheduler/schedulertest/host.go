@@ -50,12 +50,19 @@ type Host struct {
 	points []*typesv1.HostPoint
 	closed map[uint64]typesv1.SettleOutcome
 	cuts   map[uint64]Image // disks at each cut, for ever
+
+	power
+	app AppMode
 }
 
 type open struct {
 	point  *typesv1.HostPoint
 	delta  Image          // of a cut
 	ranges map[Block]bool // of a pass
+
+	lost        bool // what covers the writes since a pass began is gone
+	consistency typesv1.Consistency
+	degraded    *typesv1.ErrorDetail
 }
 
 // NewHost returns a host of a site with one machine of two disks of eight blocks each.
@@ -105,6 +112,9 @@ func (h *Host) Calls(method string) int {
 func (h *Host) Write(blocks ...Block) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.off {
+		return
+	}
 	for _, b := range blocks {
 		h.writes++
 		h.live[b] = h.writes
@@ -139,7 +149,7 @@ func (h *Host) LoseState() {
 }
 
 func (h *Host) forgetLocked() {
-	h.lineage, h.epoch, h.base, h.highest, h.open, h.points, h.resync = "", 0, 0, 0, nil, nil, 0
+	h.lineage, h.epoch, h.base, h.highest, h.open, h.points, h.resync = "", 0, 0, 0, nil, nil, 0 // the fence stays
 	clear(h.log)
 	clear(h.dirty)
 	clear(h.closed)
@@ -205,6 +215,9 @@ func (h *Host) Changes(ordinal uint64) (Image, error) {
 func (h *Host) Range(pass uint64, disk string, window *typesv1.ByteRange) (Image, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.open != nil && h.open.lost && h.exportGone != 0 {
+		return nil, refuse(h.exportGone, "the export of disk %s is gone", disk)
+	}
 	if h.open == nil || h.open.point.GetOrdinal() != pass || !h.open.point.GetPass() {
 		return nil, refuse(typesv1.ErrorReason_ERROR_REASON_PASS_NOT_OPEN, "pass %d is not open", pass)
 	}
@@ -323,7 +336,13 @@ func (h *Host) settle(ordinal uint64, outcome typesv1.SettleOutcome) error {
 		return nil
 	}
 	o := h.open
+	if o.lost && o.point.GetPass() && outcome == typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED {
+		return refuse(typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST, "the bitmap of pass %d is gone", ordinal)
+	}
 	h.closed[ordinal], h.open = outcome, nil
+	if o.lost {
+		h.base = 0
+	}
 	committed := outcome == typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED
 	o.point.Phase = typesv1.PointPhase_POINT_PHASE_ABANDONED
 	if committed {

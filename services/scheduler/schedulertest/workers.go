@@ -157,6 +157,9 @@ func (w *Workers) ship(ctx context.Context, task *uploaderv1.ShipTask) error {
 		proposal.Kind = replica.KindBase
 	}
 	proposal.Consistency, proposal.Disks = replica.ConsistencyCrash, disks(task.GetDisks())
+	if p.GetConsistency() == typesv1.Consistency_CONSISTENCY_APPLICATION {
+		proposal.Consistency = replica.ConsistencyApp
+	}
 	image, err := host.Changes(p.GetOrdinal())
 	if err != nil {
 		if _, ferr := chain.Find(ctx, replica.Ordinal(p.GetOrdinal())); ferr != nil {
