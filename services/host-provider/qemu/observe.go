@@ -88,7 +88,11 @@ func observe(ctx context.Context, m *qmp.Monitor) (*seen, error) {
 	}
 	for _, b := range blocks {
 		if b.Inserted != nil && b.Device != "" {
-			s.fronts = append(s.fronts, front{device: b.Device, root: b.Inserted.Node})
+			device := b.Device
+			if !strings.HasPrefix(device, "/") { // an id; what has none has a path
+				device = "/machine/peripheral/" + device
+			}
+			s.fronts = append(s.fronts, front{device: device, root: b.Inserted.Node})
 		}
 	}
 	return s, nil

@@ -35,16 +35,16 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const (
-	mib      = 1 << 20
+	mib       = 1 << 20
 	imageSize = 8 * mib
-	vmA      = "5a1e0000-0000-4000-8000-000000000001"
-	lineageA = "0123456789abcdef0123456789abcdef"
-	crash    = typesv1.Consistency_CONSISTENCY_CRASH
-	app      = typesv1.Consistency_CONSISTENCY_APPLICATION
-	full     = typesv1.PassScope_PASS_SCOPE_FULL
-	compare  = typesv1.PassScope_PASS_SCOPE_COMPARE
-	commit   = typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED
-	giveUp   = typesv1.SettleOutcome_SETTLE_OUTCOME_ABANDONED
+	vmA       = "5a1e0000-0000-4000-8000-000000000001"
+	lineageA  = "0123456789abcdef0123456789abcdef"
+	crash     = typesv1.Consistency_CONSISTENCY_CRASH
+	app       = typesv1.Consistency_CONSISTENCY_APPLICATION
+	full      = typesv1.PassScope_PASS_SCOPE_FULL
+	compare   = typesv1.PassScope_PASS_SCOPE_COMPARE
+	commit    = typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED
+	giveUp    = typesv1.SettleOutcome_SETTLE_OUTCOME_ABANDONED
 )
 
 // programs skips a test where QEMU is not installed; in CI it must be.
@@ -67,6 +67,7 @@ type lab struct {
 	formats []string // of the disks "d0", "d1", ..
 	machine string   // q35 or pc
 	extra   []string
+	boot    bool
 	config  Config
 
 	qemu    *exec.Cmd
@@ -113,6 +114,9 @@ func newLab(t testing.TB, options ...option) *lab {
 		run(t, "qemu-img", append(create, l.image(i), strconv.Itoa(imageSize))...)
 		l.guest[disk(i)], l.replica[disk(i)] = make([]byte, imageSize), make([]byte, imageSize)
 	}
+	if l.boot {
+		l.install()
+	}
 	l.start()
 	t.Cleanup(func() {
 		l.stopDriver()
@@ -122,8 +126,8 @@ func newLab(t testing.TB, options ...option) *lab {
 	return l
 }
 
-func disk(i int) string               { return "d" + strconv.Itoa(i) }
-func (l *lab) image(i int) string     { return filepath.Join(l.dir, disk(i)+".img") }
+func disk(i int) string                { return "d" + strconv.Itoa(i) }
+func (l *lab) image(i int) string      { return filepath.Join(l.dir, disk(i)+".img") }
 func (l *lab) path(name string) string { return filepath.Join(l.dir, name) }
 
 func run(t testing.TB, program string, args ...string) string {
@@ -146,9 +150,9 @@ func (l *lab) start() {
 	for i, f := range l.formats {
 		a = append(a, "-blockdev", fmt.Sprintf("driver=%s,node-name=%s,discard=unmap,file.driver=file,file.filename=%s", f, disk(i), l.image(i)))
 		if l.machine == "pc" {
-			a = append(a, "-device", fmt.Sprintf("ide-hd,drive=%s,id=dev-%s,bus=ide.%d", disk(i), disk(i), i))
+			a = append(a, "-device", fmt.Sprintf("ide-hd,drive=%s,id=dev-%s,bus=ide.%d,bootindex=%d", disk(i), disk(i), i, i+1))
 		} else {
-			a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,id=dev-%s", disk(i), disk(i)))
+			a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,id=dev-%s,bootindex=%d", disk(i), disk(i), i+1))
 		}
 	}
 	l.qemu = exec.Command("qemu-system-x86_64", append(a, l.extra...)...)
@@ -225,7 +229,7 @@ func (w testWriter) Write(p []byte) (int, error) {
 // The lab is the driver's inventory.
 
 func (l *lab) Refresh(context.Context) error { return nil }
-func (l *lab) All() []*inventory.Machine      { return []*inventory.Machine{l.machineOf()} }
+func (l *lab) All() []*inventory.Machine     { return []*inventory.Machine{l.machineOf()} }
 func (l *lab) Problems() ([]*hostproviderv1.Finding, error) {
 	return nil, nil
 }
