@@ -31,8 +31,10 @@ import (
 type Options struct {
 	// State is the folder of everything that is kept: certificates, event server, store, host state.
 	State string
-	// Images is the folder of machine folders (driver imagedir).
+	// Images is the folder of machine folders (driver imagedir); empty with driver qemu.
 	Images string
+	// QEMU is for driver qemu; it is used when Images is empty.
+	QEMU QEMU
 	// Listen is the one API address, on loopback unless somebody wants it otherwise.
 	Listen string
 	// NBDListen is where guests find their disks.
@@ -56,6 +58,15 @@ type Options struct {
 	DrainDelay time.Duration
 }
 
+// QEMU says where driver qemu finds machines.
+type QEMU struct {
+	// Machines is the folder of definitions and monitor sockets.
+	Machines string
+	// Scratch is the folder of the frozen copies of points, and Sockets that of the sockets that they are read from (a short
+	// path). Empty means folders in the state folder.
+	Scratch, Sockets string
+}
+
 // Names of the services, also of their in-memory listeners and identities.
 const (
 	hostProvider  = "host-provider"
@@ -76,6 +87,7 @@ const (
 	busFolder    = "events"
 	storeFolder  = "store"
 	hostFolder   = "host"
+	qemuFolder   = "qemu"
 	lockFile     = "lock"
 	memoryPrefix = "mem:"
 )

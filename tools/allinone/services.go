@@ -12,6 +12,7 @@ import (
 	failoverorchestrator "github.com/landfall-dr/landfall/services/failover-orchestrator"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/imagedir"
+	"github.com/landfall-dr/landfall/services/host-provider/qemu"
 	resyncengine "github.com/landfall-dr/landfall/services/resync-engine"
 	"github.com/landfall-dr/landfall/services/scheduler"
 	"github.com/landfall-dr/landfall/services/uploader"
@@ -40,7 +41,7 @@ func (p *parts) build(ctx context.Context, name string) (program.Service, error)
 		if err != nil {
 			return nil, err
 		}
-		driver, err := imagedir.New(c.Images, c.Site, c.Host, changetrackerv1.NewChangeTrackerServiceClient(conn), e.Logger)
+		driver, err := p.driver(&c, changetrackerv1.NewChangeTrackerServiceClient(conn), e)
 		if err != nil {
 			return nil, err
 		}
@@ -71,4 +72,25 @@ func (p *parts) build(ctx context.Context, name string) (program.Service, error)
 	default:
 		return nil, fmt.Errorf("no service is called %q", name)
 	}
+}
+
+// driver makes the driver of this run's machines and completes its configuration.
+func (p *parts) driver(c *hostprovider.Config, tracker changetrackerv1.ChangeTrackerServiceClient, e *program.Env) (hostprovider.Driver, error) {
+	o := p.options
+	if o.QEMU.Machines == "" {
+		return imagedir.New(c.Images, c.Site, c.Host, tracker, e.Logger)
+	}
+	c.Driver = hostprovider.DriverQEMU
+	c.QEMU = hostprovider.QEMUConfig{
+		Machines: o.QEMU.Machines, StateDir: filepath.Join(o.State, qemuFolder), ScratchDir: o.QEMU.Scratch, SocketDir: o.QEMU.Sockets,
+	}
+	driver, end, err := qemu.Open(*c, tracker, e.Logger, e.Clock)
+	if err != nil {
+		return nil, err
+	}
+	p.closers = append(p.closers, func(context.Context) error {
+		end()
+		return nil
+	})
+	return driver, nil
 }

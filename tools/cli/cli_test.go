@@ -89,7 +89,7 @@ func TestWrongUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{"frobnicate"}, {"failover"}, {"failover", "frobnicate"}, {"protect"}, {"protect", "a", "b"}, {"protect", "a", "--frob"}, {"points", "a", "--limit", "many"},
 		{"failover", "test", "a"}, {"failover", "test", "a", "--out", "x", "--point", "yesterday"}, {"failover", "test", "a", "--out", "x", "--point", "0"},
-		{"failover", "test", "a", "--out", "x", "--target", "azure"}, {"failover", "cleanup"}, {"policy", "apply"}, {"up"}, {"up", "here"},
+		{"failover", "test", "a", "--out", "x", "--target", "azure"}, {"failover", "cleanup"}, {"policy", "apply"}, {"up"}, {"up", "here"}, {"up", "--images", "a", "--qemu", "b"}, {"up", "--images", "a", "--qemu-scratch", "b"},
 		{"vms", "-o", "xml"}, {"disk", "info"}, {"hrl", "inspect"},
 	} {
 		code, out, errOut := run(t, state, args...)

@@ -91,6 +91,9 @@ Then:        landfall vms                  (what can be protected)
 		if err := cmd.ValidateRequiredFlags(); err != nil {
 			return &usageError{err, cmd.UsageString()}
 		}
+		if err := cmd.ValidateFlagGroups(); err != nil {
+			return &usageError{err, cmd.UsageString()}
+		}
 		switch a.format {
 		case "table", "json", "yaml":
 			return nil

@@ -38,19 +38,21 @@ func (a *app) upCommand() *cobra.Command {
 	o := allinone.Options{AckWait: ackWait}
 	var format, trace, endpoint string
 	c := &cobra.Command{
-		Use: "up --images DIR", Short: "Run the whole product in this process until interrupted", Args: cobra.NoArgs,
+		Use: "up {--images DIR | --qemu DIR}", Short: "Run the whole product in this process until interrupted", Args: cobra.NoArgs,
 		Long: `Run the six services, an embedded event server and a store in one folder, in one
 process. Certificates are made in the state folder, where the other commands find them.
 
-DIR has one folder per machine, with vm.yaml and its disk images. Guests reach the
-disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
-		Example: "  landfall up --images /srv/vms\n  landfall up --images ./vms --state ./state --listen 127.0.0.1:7443",
+With --images, DIR has one folder per machine, with vm.yaml and its disk images. Guests
+reach the disks by NBD; ` + "`landfall vms show VM`" + ` prints where.
+
+With --qemu, DIR has the monitor socket of each QEMU machine, NAME.qmp, or a NAME.yaml
+that says where it is; NAME.qga is its guest agent. A monitor serves one client: start
+QEMU with one for Landfall alone, and with names for its disks' nodes.`,
+		Example: "  landfall up --images /srv/vms\n  landfall up --images ./vms --state ./state --listen 127.0.0.1:7443\n  landfall up --qemu /run/machines",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
-			if info, err := os.Stat(o.Images); err != nil {
-				return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "--images")
-			} else if !info.IsDir() {
-				return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "--images: %s is not a folder", o.Images)
+			if err := machinesFolder(o); err != nil {
+				return err
 			}
 			if err := failpoint.Arm(os.Getenv("LANDFALL_FAILPOINTS")); err != nil {
 				return err
@@ -91,6 +93,9 @@ disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
 	}
 	f := c.Flags()
 	f.StringVar(&o.Images, "images", "", "folder of machine folders")
+	f.StringVar(&o.QEMU.Machines, "qemu", "", "folder of the QEMU machines' monitor sockets and definitions")
+	f.StringVar(&o.QEMU.Scratch, "qemu-scratch", "", "folder of the frozen copies of QEMU machines' points (default: in the state folder)")
+	f.StringVar(&o.QEMU.Sockets, "qemu-sockets", "", "folder of the sockets that points are read from, a short path (default: in the state folder)")
 	f.StringVar(&o.Listen, "listen", "127.0.0.1:0", "address of the API")
 	f.StringVar(&o.NBDListen, "nbd-listen", "127.0.0.1:0", "address at which guests find their disks: loopback, or unix:PATH")
 	f.StringVar(&o.Site, "site", "local", "name of this site")
@@ -98,8 +103,27 @@ disks by NBD; ` + "`landfall vms show VM`" + ` prints where.`,
 	f.StringVar(&format, "log-format", "text", "text or json")
 	f.StringVar(&trace, "trace", "none", "where spans go: none, stdout or otlp")
 	f.StringVar(&endpoint, "trace-endpoint", "", "OTLP collector, for example http://127.0.0.1:4317")
-	_ = c.MarkFlagRequired("images")
+	c.MarkFlagsOneRequired("images", "qemu")
+	c.MarkFlagsMutuallyExclusive("images", "qemu")
+	c.MarkFlagsMutuallyExclusive("images", "qemu-scratch")
+	c.MarkFlagsMutuallyExclusive("images", "qemu-sockets")
 	return c
+}
+
+// machinesFolder checks the one folder of machines that was named.
+func machinesFolder(o allinone.Options) error {
+	flag, folder := "--images", o.Images
+	if folder == "" {
+		flag, folder = "--qemu", o.QEMU.Machines
+	}
+	info, err := os.Stat(folder)
+	if err != nil {
+		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "%s", flag)
+	}
+	if !info.IsDir() {
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "%s: %s is not a folder", flag, folder)
+	}
+	return nil
 }
 
 // firstPolicy makes the policy that `landfall protect` uses unless told otherwise, where there is no policy at all.
