@@ -30,7 +30,7 @@ func shipBig(tb testing.TB, r *Replica, kind Kind, o Ordinal, n, step int64, rng
 	ctx := context.Background()
 	h := segment.Header{Lineage: testLineage.Bytes(), DiskID: "disk-a", Gen: 1, DiskSize: bigSize, Kind: segment.KindPoint, Ordinal: uint64(o)}
 	d := Disk{ID: "disk-a", Gen: 1, Size: bigSize}
-	tx := NewTx()
+	tx, noise := NewTx(), rand.NewChaCha8([32]byte{byte(rng.Uint32()), byte(o)})
 	var w *segment.Writer
 	flush := func() {
 		if w == nil || w.Empty() {
@@ -55,12 +55,7 @@ func shipBig(tb testing.TB, r *Replica, kind Kind, o Ordinal, n, step int64, rng
 			off += rng.Int64N((every-step)/512) * 512
 		}
 		p := image[off : off+step]
-		for i := 0; i < len(p); i += 8 {
-			v := rng.Uint64()
-			for j := range 8 {
-				p[i+j] = byte(v >> (8 * j))
-			}
-		}
+		_, _ = noise.Read(p)
 		require.NoError(tb, w.Data(off, p))
 		if w.Full() {
 			flush()

@@ -13,6 +13,8 @@ type bugs struct {
 	HalfPass                   bool // I5: the first task completes a pass
 	SelfRaisedEpoch            bool // I3: the worker takes the head's epoch when its own is lower
 	NoEpoch, NoOpen            bool // I3: the epoch rule off, the open rule off
+	NoBaseRule                 bool // I3: the base may be ahead of the state ordinal
+	ReopenAnywhere             bool // I22: the open follows whatever head there is
 	RewindNotComputedAgain     bool // I18: a rewind follows whatever head there is
 	RewindSkipsPartials        bool // I20: what only a pass changed is not set back
 	RewindSkipsRewinds         bool // I20: what an earlier rewind changed is not set back

@@ -15,6 +15,7 @@
 //     sentinels; refusals are final for the task, other errors are not.
 //   - Replica.Refresh, PassProgress, Points, Find: what the chain holds.
 //   - NewApplier, Applier.Advance, Replica.Checkpoint: journal into disks.
+//   - Replica.CloseLineage, Rewind, ReopenLineage: a failover's side.
 //   - Replica.Materialise, SourceAt: a point's disks, or one disk's bytes.
 //
 // design.md in this folder has the numbered invariants and the tables of

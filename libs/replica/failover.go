@@ -83,6 +83,9 @@ func (r *Replica) reopen(ctx context.Context, o *ReopenOptions) (out Reopened, e
 				p.At = out.Forward.Seq + 1
 			}
 		}
+		if r.bugs.ReopenAnywhere {
+			p.At = 0
+		}
 		out.Result, err = r.Commit(ctx, p)
 		if !errors.Is(err, ErrHeadMoved) {
 			return out, err

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/segment"
 )
 
 // checker compares storage with the truth. It reads the store directly, with code of its own: manifests by DecodeManifest,
@@ -22,10 +23,23 @@ type checker struct {
 	closed bool
 	fence  string
 	closes int
+	// rewound is the target of the newest fence's rewind, latest the newest point; forward[n]: at the open n the one was the
+	// other, or there was no rewind.
+	rewound, latest Ordinal
+	forward         map[Seq]bool
+	claims          []claim
+}
+
+// claim is what an orchestrator was told: that manifest seq is point target, or (target 0) that the open seq came after a
+// rewind forward.
+type claim struct {
+	seq    Seq
+	target Ordinal
 }
 
 // all runs the checks that what was touched calls for.
 func (c *checker) all() {
+	defer c.told()
 	if c.w.failed != nil || len(c.w.touched) == 0 {
 		return
 	}
@@ -42,6 +56,54 @@ func (c *checker) all() {
 	}
 }
 
+// told checks what orchestrators were told.
+func (c *checker) told() {
+	for _, t := range c.claims {
+		if t.target == 0 && !c.forward[t.seq] {
+			c.w.fail("S5: open %d was to come after a rewind forward", t.seq)
+		}
+		for _, d := range modelDisks {
+			if t.target != 0 && !c.folds[t.seq][d].equal(c.w.host.cuts[t.target][d]) {
+				c.w.fail("S2: manifest %d was said to be point %d, disk %s\nguest at its cut %v\nchain            %v",
+					t.seq, t.target, d, c.w.host.cuts[t.target][d], c.folds[t.seq][d])
+			}
+		}
+	}
+	c.claims = nil
+}
+
+// blocks is what a segment says: as its shipper recorded it, or for a rewind as it is stored.
+func (c *checker) blocks(in blobstore.Container, name string) content {
+	if b, ok := c.w.segs[name]; ok {
+		return b
+	}
+	body, err := readAll(context.Background(), in, name, 1<<20)
+	if err != nil {
+		return nil // said by the caller
+	}
+	s, err := segment.Open(memReader(body), int64(len(body)))
+	if err != nil {
+		c.w.fail("segment %s: %v", name, err)
+		return nil
+	}
+	out := content{}
+	err = s.Range(0, testSize, func(off, n int64, data []byte) error {
+		if data == nil {
+			data = make([]byte, n)
+		}
+		got := contentOf(data)
+		for b := range n / blockSize {
+			out[off/blockSize+b] = got[b]
+		}
+		return nil
+	})
+	if err != nil {
+		c.w.fail("segment %s: %v", name, err)
+	}
+	c.w.segs[name] = out
+	return out
+}
+
 // chain folds new manifests and checks S1 and S3 on each.
 func (c *checker) chain() {
 	ctx := context.Background()
@@ -50,7 +112,7 @@ func (c *checker) chain() {
 		for _, d := range modelDisks {
 			c.folds[0][d] = content{}
 		}
-		c.points = map[Ordinal]Seq{}
+		c.points, c.forward = map[Ordinal]Seq{}, map[Seq]bool{}
 	}
 	journal, staging := c.w.mem.Container(testLineage.JournalContainer()), c.w.mem.Container(testLineage.StagingContainer())
 	for c.w.failed == nil {
@@ -75,19 +137,24 @@ func (c *checker) chain() {
 				if _, err := in.Stat(ctx, s.Name, ""); err != nil {
 					c.w.fail("S1: manifest %d names segment %s: %v", m.Seq, s.Name, err)
 				}
-				maps.Copy(f[d.ID], c.w.segs[s.Name])
+				maps.Copy(f[d.ID], c.blocks(in, s.Name))
 			}
 		}
 		c.folds = append(c.folds, f)
 		c.history(m)
 		if m.Kind.IsPoint() {
 			c.w.stats.points++
-			c.points[m.Point] = m.Seq
-			for _, d := range modelDisks {
-				if want := c.w.host.cuts[m.Point]; want == nil || !want[d].equal(f[d]) {
-					c.w.fail("S1: point %d at manifest %d, disk %s\nguest at its cut %v\nchain            %v", m.Point, m.Seq, d, want[d], f[d])
-				}
-			}
+			c.points[m.Point], c.latest = m.Seq, m.Point
+			c.isCut("S1", m, m.Point)
+		}
+	}
+}
+
+// isCut compares the disks after m with the guest at a cut.
+func (c *checker) isCut(what string, m *Manifest, o Ordinal) {
+	for _, d := range modelDisks {
+		if want := c.w.host.cuts[o]; want == nil || !want[d].equal(c.folds[m.Seq][d]) {
+			c.w.fail("%s: %s at manifest %d is point %d, disk %s\nguest at its cut %v\nchain            %v", what, m.Kind, m.Seq, o, d, want[d], c.folds[m.Seq][d])
 		}
 	}
 }
@@ -100,7 +167,7 @@ func (c *checker) history(m *Manifest) {
 		if c.closed {
 			w.fail("S3: manifest %d closes again", m.Seq)
 		}
-		c.closed, c.fence = true, m.Failover
+		c.closed, c.fence, c.rewound = true, m.Failover, 0
 		c.closes++
 		w.stats.fences++
 	case KindOpen:
@@ -108,6 +175,17 @@ func (c *checker) history(m *Manifest) {
 			w.fail("S3: manifest %d opens failover %s, the fence is %s", m.Seq, m.Failover, c.fence)
 		}
 		c.closed, c.open, c.epoch = false, m.Seq, m.Epoch
+		c.forward[m.Seq] = c.rewound == 0 || c.rewound == c.latest
+	case KindRewind:
+		if !c.closed || m.Failover != c.fence {
+			w.fail("S3: manifest %d rewinds by failover %s, the fence is %s", m.Seq, m.Failover, c.fence)
+		}
+		c.isCut("S2", m, m.Base)
+		if c.rewound != 0 {
+			w.stats.changes++
+		}
+		c.rewound = m.Base
+		w.stats.rewinds++
 	default:
 		i := slices.IndexFunc(w.tasks, func(t *modelTask) bool { return t.id == m.Trace })
 		t := w.tasks[i]

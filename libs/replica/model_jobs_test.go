@@ -29,6 +29,10 @@ func (w *world) tick(ctx context.Context, r *Replica) error {
 	}
 	o := max(rec.highest, w.host.highest, st.Highest) + 1
 	rec.highest = o
+	if ahead := w.host.base > st.StateOrdinal; ahead && w.host.pass == nil && w.host.point == nil && (w.quiet || w.rng.IntN(2) == 0) {
+		w.host.base = 0 // a rewind stands above it: the host resyncs
+		w.stats.resyncs++
+	}
 	if !w.quiet && w.host.base != 0 && w.host.pass == nil && w.host.point == nil && w.rng.IntN(8) == 0 {
 		return w.beginPass(o, true) // a manual resync
 	}
@@ -37,11 +41,11 @@ func (w *world) tick(ctx context.Context, r *Replica) error {
 		if st.Base == 0 {
 			kind = KindBase
 		}
-		rec.cycle = &cycle{ordinal: o, open: rec.open}
+		rec.cycle = &cycle{ordinal: o, base: base, open: rec.open}
 		w.issue(&modelTask{kind: kind, epoch: rec.epoch, open: rec.open, base: base, point: o})
 		return nil
 	}
-	return w.beginPass(o, w.host.base != 0 && w.rng.IntN(3) == 0)
+	return w.beginPass(o, (w.host.base != 0 || st.Base != 0) && w.rng.IntN(3) == 0)
 }
 
 // beginPass starts an initial copy, a catch-up, or a resync that compares.
@@ -56,7 +60,7 @@ func (w *world) beginPass(o Ordinal, compare bool) error {
 		return nil
 	}
 	w.stats.passes++
-	rec.cycle = &cycle{ordinal: o, pass: true, k: k, open: rec.open}
+	rec.cycle = &cycle{ordinal: o, base: base, pass: true, k: k, open: rec.open}
 	for i := range k {
 		w.issue(&modelTask{kind: KindPartial, epoch: rec.epoch, open: rec.open, base: base, pass: &Pass{o, i + 1, k}, compare: compare})
 	}
@@ -166,7 +170,7 @@ func (w *world) settle(st *State, c *cycle) {
 		w.host.settlePass(c.ordinal, true)
 	case done:
 		w.host.settle(c.ordinal, true)
-	case gone || c.open != w.rec.open || !w.quiet && w.rng.Float64() < w.rates.abandon:
+	case gone || c.open != w.rec.open || c.base > st.StateOrdinal && w.quiet || !w.quiet && w.rng.Float64() < w.rates.abandon:
 		w.rec.epoch++
 		if c.pass {
 			w.host.settlePass(c.ordinal, false)
@@ -234,22 +238,52 @@ func (a *actor) applyJob() func(context.Context, *Replica) error {
 	}
 }
 
-// fence closes, and later opens again; sometimes an orchestrator that slept repeats an old call.
+// fence is one act of an orchestrator: it closes; then rewinds to any point, changes its mind, or reopens, with a rewind
+// forward or without. Two of them do so for the same failover, and sometimes one that slept repeats an old act.
 func (w *world) fence(ctx context.Context, r *Replica) error {
 	st, err := r.Refresh(ctx)
 	if err != nil {
 		return err
 	}
-	p := Proposal{Kind: KindClose, Failover: fmt.Sprintf("failover-%d", w.check.closes+1)}
+	o, act := FenceOptions{Failover: fmt.Sprintf("failover-%d", w.check.closes+1)}, 0
 	if st.Closed() {
-		p = Proposal{Kind: KindOpen, Failover: st.Fence.Failover}
+		o.Failover, act = st.Fence.Failover, 2
+		if !w.quiet && len(w.check.points) > 1 && w.rng.IntN(4) > 0 {
+			act = 1
+		}
 	}
-	if w.check.closes > 0 && w.rng.IntN(5) == 0 && !w.quiet {
-		p.Failover = fmt.Sprintf("failover-%d", 1+w.rng.IntN(w.check.closes))
-		p.Kind = []Kind{KindClose, KindOpen}[w.rng.IntN(2)]
+	if w.check.closes > 0 && w.rng.IntN(6) == 0 && !w.quiet {
+		o.Failover, act = fmt.Sprintf("failover-%d", 1+w.rng.IntN(w.check.closes)), w.rng.IntN(3)
 	}
-	p.Trace = "fence"
-	_, err = r.Commit(ctx, p)
+	switch act {
+	case 0:
+		_, err = r.CloseLineage(ctx, o)
+	case 1:
+		points := slices.Sorted(maps.Keys(w.check.points))
+		if len(points) == 0 {
+			return nil
+		}
+		var res RewindResult
+		target := points[w.rng.IntN(len(points))]
+		if res, err = r.Rewind(ctx, RewindOptions{Failover: o.Failover, Target: target, Parallel: 1}); err == nil {
+			w.check.claims = append(w.check.claims, claim{res.Seq, target})
+			switch {
+			case res.Outcome != Committed:
+				w.stats.reached++
+			case res.Tries > 1:
+				w.stats.again++
+			}
+		}
+	case 2:
+		var res Reopened
+		ro := ReopenOptions{FenceOptions: o, Forward: w.rng.IntN(2) == 0, Rewind: RewindOptions{Parallel: 1}}
+		if res, err = r.ReopenLineage(ctx, ro); err == nil && ro.Forward && res.Outcome == Committed {
+			w.check.claims = append(w.check.claims, claim{seq: res.Seq})
+			if res.Forward.Outcome == Committed {
+				w.stats.forwards++
+			}
+		}
+	}
 	return err
 }
 
@@ -292,7 +326,7 @@ func (w *world) end() {
 			return
 		}
 		if w.check.closed {
-			finish("orchestrator", w.fence)
+			finish("orch-1", w.fence)
 		}
 		finish("scheduler", w.tick)
 		for _, t := range slices.Clone(w.tasks) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
+	"strings"
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
@@ -39,6 +40,7 @@ type rates struct {
 	fault, crash, late, abandon, write, hostCrash float64
 	takeover                                      bool
 	batch                                         int64
+	calm                                          int // orchestrators close once in so many turns
 	stop                                          func(Entry) bool
 }
 
@@ -52,6 +54,7 @@ type record struct {
 
 type cycle struct {
 	ordinal Ordinal
+	base    Ordinal
 	pass    bool
 	k       uint32
 	open    Seq
@@ -90,6 +93,7 @@ type event struct {
 
 type modelStats struct {
 	steps, commits, points, refused, crashes, faults, lates, redone, checkpoints, fences, passes, leaseLost, already, compared int
+	rewinds, forwards, changes, again, reached, resyncs                                                                        int
 }
 
 func newWorld(seed uint64, b bugs, st *modelStats) *world {
@@ -101,10 +105,11 @@ func newWorld(seed uint64, b bugs, st *modelStats) *world {
 	pick := func(v ...float64) float64 { return v[rng.IntN(len(v))] }
 	w.rates = rates{fault: pick(0, .01, .03, .08), crash: pick(0, .01, .03), late: pick(0, .01, .04), abandon: pick(.01, .05, .2),
 		write: pick(.05, .15, .3), hostCrash: pick(0, 0, .002, .005), takeover: rng.IntN(2) == 0, batch: []int64{1, 64 << 10, 1 << 30}[rng.IntN(3)]}
+	w.rates.calm = []int{10, 20, 100}[rng.IntN(3)]
 	if rng.IntN(2) == 0 {
 		w.rates.stop = func(e Entry) bool { return e.Ordinal%3 == 0 }
 	}
-	for _, n := range []string{"ship-1", "ship-2", "apply-1", "apply-2", "scheduler", "orchestrator"} {
+	for _, n := range []string{"ship-1", "ship-2", "apply-1", "apply-2", "scheduler", "orch-1", "orch-2"} {
 		a := &actor{name: n, w: w, grant: make(chan blobstoretest.Fault)}
 		a.store = blobstoretest.NewFaulty(lateStore{w.mem, w, a}, a.hook)
 		w.actors = append(w.actors, a)
@@ -208,6 +213,9 @@ func (w *world) run(steps int) error {
 		if i%40 == 0 { // some are fast, some all but asleep: a task is held for long
 			for _, a := range w.actors {
 				a.weight = []int{0, 1, 5, 20}[w.rng.IntN(4)]
+				if w.check.closed && strings.HasPrefix(a.name, "orch") { // a rewind makes many calls, and nobody else has work
+					a.weight = []int{1, 20, 20, 40}[w.rng.IntN(4)]
+				}
 			}
 		}
 		w.world()
@@ -264,8 +272,15 @@ func (w *world) turn(a *actor) {
 	switch a.name {
 	case "scheduler":
 		w.start(a, w.tick)
-	case "orchestrator":
-		if w.rng.IntN(20) == 0 {
+	case "orch-1", "orch-2":
+		calm := w.rates.calm
+		switch {
+		case w.check.closed:
+			calm = 2
+		case len(w.check.points) < 3:
+			calm *= 10
+		}
+		if w.rng.IntN(calm) == 0 {
 			w.start(a, w.fence)
 		}
 	case "apply-1", "apply-2":

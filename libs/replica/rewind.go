@@ -22,8 +22,8 @@ type RewindOptions struct {
 	// Target is the ordinal of any base or point in the chain, also one above which a rewind stands: rewinds go back and
 	// forth.
 	Target Ordinal
-	// Parallel is how many segments are built at once, each taking up to about 45 MiB of memory; default 2. With 1 no
-	// goroutine is started.
+	// Parallel is how many segments are built at once, each taking up to about 80 MiB of memory (the segment, and small
+	// segments of the journal that are kept); default 2. With 1 no goroutine is started.
 	Parallel int
 	// Compression of the segments; default segment.Fast.
 	Compression segment.Compression
@@ -205,6 +205,7 @@ func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, ta
 	if gap {
 		return backs, nil // every disk is set back whole
 	}
+	var list []said
 	for _, e := range entries {
 		if e.Kind.IsFence() || r.bugs.RewindSkipsPartials && e.Kind == KindPartial || r.bugs.RewindSkipsRewinds && e.Kind == KindRewind {
 			continue
@@ -214,20 +215,25 @@ func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, ta
 			return nil, err
 		}
 		for _, b := range backs {
-			if err := r.addChanged(ctx, b, m); err != nil {
-				return nil, err
+			if b.changed.Len() > 0 {
+				continue // whole already: nothing else was added yet
+			}
+			for _, n := range collect(nil, m, b.d) {
+				list = append(list, said{n, b})
 			}
 		}
 	}
-	return backs, nil
+	return backs, r.addChanged(ctx, list)
 }
 
-// addChanged adds what one manifest says about the disk. Only indexes are read.
-func (r *Replica) addChanged(ctx context.Context, b *back, m *Manifest) error {
-	if b.changed.Covers(wholeDisk(b.d)) {
-		return nil
-	}
-	list := collect(nil, m, b.d)
+// said is a segment that says something about a disk to set back.
+type said struct {
+	named
+	b *back
+}
+
+// addChanged adds the extents of every segment to its disk. Only indexes are read, some at a time.
+func (r *Replica) addChanged(ctx context.Context, list []said) error {
 	for len(list) > 0 {
 		n := min(len(list), max(r.opens, 1))
 		opened := make([]*segData, n)
@@ -237,7 +243,8 @@ func (r *Replica) addChanged(ctx context.Context, b *back, m *Manifest) error {
 		}); err != nil {
 			return err
 		}
-		for _, sd := range opened {
+		for i, sd := range opened {
+			m, b := list[i].m, list[i].b
 			if err := sd.matches(r.lineage, m, b.d); err != nil {
 				return fmt.Errorf("manifest %d: segment %s: %w", m.Seq, sd.name, err)
 			}

@@ -329,15 +329,25 @@ func TestRewindRaces(t *testing.T) {
 // TestLateRewindBeforeOpen: the put of a rewind whose sender gave up lands while the lineage is reopened. The open stands on
 // the head it was decided for, so the rewind is rewound forward, not left under it unseen.
 func TestLateRewindBeforeOpen(t *testing.T) {
-	g := fenced(t)
-	r, _ := g.other(meanwhile("log/", func() { g.rewind(g.r, "f", 2) }))
-	open, err := r.ReopenLineage(t.Context(), ReopenOptions{FenceOptions: FenceOptions{Failover: "f", Reason: "cancelled"}, Forward: true,
-		Rewind: RewindOptions{Parallel: 1}})
-	require.NoError(t, err)
+	reopen := func(b bugs) (*rig, Reopened) {
+		g := fenced(t)
+		r, _ := g.other(meanwhile("log/", func() { g.rewind(g.r, "f", 2) }))
+		r.bugs = b
+		open, err := r.ReopenLineage(t.Context(), ReopenOptions{FenceOptions: FenceOptions{Failover: "f", Reason: "cancelled"}, Forward: true,
+			Rewind: RewindOptions{Parallel: 1}})
+		require.NoError(t, err)
+		return g, open
+	}
+	g, open := reopen(bugs{})
 	require.Equal(t, Committed, open.Forward.Outcome)
 	require.Equal(t, Seq(11), open.Seq)
 	g.wantAt(11, at5)
 	g.commit(g.point(KindPoint, 7, 5, 2, open.Seq, two(nil, nil)))
+
+	g, open = reopen(bugs{ReopenAnywhere: true})
+	require.Equal(t, Seq(10), open.Seq)
+	_, err := g.r.Commit(t.Context(), g.point(KindPoint, 7, 5, 2, open.Seq, two(nil, nil)))
+	require.ErrorIs(t, err, ErrBaseAhead)
 }
 
 func TestCloseAndReopen(t *testing.T) {

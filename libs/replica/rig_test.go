@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -50,8 +51,9 @@ func (c content) String() string {
 }
 
 func fill(p []byte, v uint64) {
-	for i := 0; i+8 <= len(p); i += 8 {
-		binary.LittleEndian.PutUint64(p[i:], v)
+	binary.LittleEndian.PutUint64(p, v)
+	for n := 8; n < len(p); n *= 2 {
+		copy(p[n:], p[:n])
 	}
 }
 
@@ -61,11 +63,8 @@ func contentOf(p []byte) content {
 	for b := 0; b < len(p)/blockSize; b++ {
 		blk := p[b*blockSize : (b+1)*blockSize]
 		v := binary.LittleEndian.Uint64(blk)
-		for i := 8; i < blockSize; i += 8 {
-			if binary.LittleEndian.Uint64(blk[i:]) != v {
-				v = ^uint64(0)
-				break
-			}
+		if !bytes.Equal(blk[8:], blk[:blockSize-8]) {
+			v = ^uint64(0)
 		}
 		if v != 0 {
 			c[int64(b)] = v

@@ -188,7 +188,7 @@ func (s *State) admit(m *Manifest, b *bugs) (dup Seq, err error) {
 	switch {
 	case o <= s.Highest && !b.StaleTask:
 		return 0, fmt.Errorf("point %d: highest in the chain is %d: %w", o, s.Highest, ErrOrdinalUsed)
-	case m.Base > s.StateOrdinal:
+	case m.Base > s.StateOrdinal && !b.NoBaseRule:
 		return 0, fmt.Errorf("point %d: base %d, chain's state is %d: %w", o, m.Base, s.StateOrdinal, ErrBaseAhead)
 	case m.Kind == KindPoint && s.Base == 0:
 		return 0, fmt.Errorf("point %d: %w", o, ErrNoBase)
@@ -214,7 +214,7 @@ func (s *State) admitPartial(m *Manifest, b *bugs) error {
 	if p.Ordinal <= s.Highest {
 		return fmt.Errorf("pass %d: highest in the chain is %d: %w", p.Ordinal, s.Highest, ErrOrdinalUsed)
 	}
-	if m.Base > s.StateOrdinal {
+	if m.Base > s.StateOrdinal && !b.NoBaseRule {
 		return fmt.Errorf("pass %d: base %d, chain's state is %d: %w", p.Ordinal, m.Base, s.StateOrdinal, ErrBaseAhead)
 	}
 	return nil
