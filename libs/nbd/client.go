@@ -239,13 +239,19 @@ func (c *Client) reason() error {
 
 // wait returns how a started call ended, or gives it up when ctx ends: its buffer is not touched any more then.
 func (c *Client) wait(ctx context.Context, k *call) error {
+	_, ok := ctx.Deadline()
+	return c.waitAtMost(ctx, k, !ok)
+}
+
+// waitAtMost is wait, within requestTimeout if bounded.
+func (c *Client) waitAtMost(ctx context.Context, k *call, bounded bool) error {
 	select {
 	case <-k.done: // also when ctx has ended
 		return k.err
 	default:
 	}
 	var timeout <-chan time.Time
-	if _, ok := ctx.Deadline(); !ok {
+	if bounded {
 		timer := time.NewTimer(requestTimeout)
 		defer timer.Stop()
 		timeout = timer.C
@@ -307,8 +313,32 @@ func (c *Client) pieces(at extent.Range, step int64, do func(extent.Range) error
 func (c *Client) ReadAt(ctx context.Context, p []byte, off int64) error {
 	all := extent.Range{Off: off, Len: int64(len(p))}
 	return c.pieces(all, c.info.Block.Max, func(at extent.Range) error {
-		return c.do(ctx, &call{cmd: cmdRead, at: at, buf: p[at.Off-off:][:at.Len]}, 0, nil)
+		buf := p[at.Off-off:][:at.Len]
+		err := c.do(ctx, &call{cmd: cmdRead, at: at, buf: buf}, c.readFlags(), nil)
+		if tooLong(err) {
+			err = c.again(ctx, at, buf)
+		}
+		return err
 	})
+}
+
+// readFlags ask for answers in one piece where the export offers that: QEMU hangs up when reading fails within an answer in
+// several, and its client cannot tell a broken disk from a broken connection.
+func (c *Client) readFlags() uint16 {
+	if c.structured && c.info.flags&exportDF != 0 {
+		return cmdFlagDF
+	}
+	return 0
+}
+
+// tooLong reports that a server cannot answer a read in one piece; again reads in several.
+func tooLong(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Errno == EOVERFLOW
+}
+
+func (c *Client) again(ctx context.Context, at extent.Range, buf []byte) error {
+	return c.do(ctx, &call{cmd: cmdRead, at: at, buf: buf}, 0, nil)
 }
 
 // WriteAt writes p at off and returns when the server has it; with fua, when it is durable. p is not to be changed
@@ -367,14 +397,16 @@ func (c *Client) BlockStatus(ctx context.Context, name string, at extent.Range) 
 	return k.extents, nil
 }
 
-// Extents yields all extents of at, ascending, without gaps. It holds those of one reply at a time. An error is the last
-// thing it yields.
+// Extents yields all extents of at, ascending, without gaps. It holds those of one reply at a time, and gives the server
+// a minute for each. An error is the last thing it yields.
 func (c *Client) Extents(ctx context.Context, name string, at extent.Range) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {
 		for at.Len > 0 {
 			// Ask up to a multiple of the step, so that requests stay aligned whatever the replies cover.
 			ask := extent.Span(at.Off, min(at.End(), (at.Off/statusStep+1)*statusStep))
-			list, err := c.BlockStatus(ctx, name, ask)
+			bounded, cancel := context.WithTimeout(ctx, requestTimeout)
+			list, err := c.BlockStatus(bounded, name, ask)
+			cancel()
 			if err != nil {
 				yield(Extent{}, err)
 				return

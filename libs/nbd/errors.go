@@ -31,6 +31,8 @@ const (
 	EINVAL = 22
 	// ENOSPC: no space left on the server's side.
 	ENOSPC = 28
+	// EOVERFLOW: the answer would be too long for what was asked.
+	EOVERFLOW = 75
 	// ENOTSUP: the export cannot do it.
 	ENOTSUP = 95
 	// ESHUTDOWN: the server is going away.
@@ -48,7 +50,7 @@ type Error struct {
 func (e *Error) Error() string {
 	name := map[uint32]string{
 		EPERM: "not permitted", EIO: "input/output error", EINVAL: "invalid request", ENOSPC: "no space left",
-		ENOTSUP: "not supported", ESHUTDOWN: "server is shutting down",
+		EOVERFLOW: "too long", ENOTSUP: "not supported", ESHUTDOWN: "server is shutting down",
 	}[e.Errno]
 	if name == "" {
 		name = fmt.Sprintf("error %d", e.Errno)

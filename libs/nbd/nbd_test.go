@@ -202,11 +202,13 @@ func TestQemu(t *testing.T) {
 	require.True(t, e.Refused())
 }
 
-func planOf(c *Client, name string, zero uint32) iter.Seq2[Run, error] {
-	return func(yield func(Run, error) bool) {
-		for e, err := range c.Extents(context.Background(), name, all(c)) {
-			if !yield(Run{Range: e.Range, Zero: e.Flags&zero != 0}, err) {
-				return
+func planOf(c *Client, name string, zero uint32) Plan {
+	return func(ctx context.Context) iter.Seq2[Run, error] {
+		return func(yield func(Run, error) bool) {
+			for e, err := range c.Extents(ctx, name, all(c)) {
+				if !yield(Run{Range: e.Range, Zero: e.Flags&zero != 0}, err) {
+					return
+				}
 			}
 		}
 	}
@@ -231,6 +233,26 @@ func TestWriting(t *testing.T) {
 	require.Equal(t, byte(0), got[2*mib])
 	require.Equal(t, byte(5), got[3*mib])
 	require.Equal(t, byte(5), got[37*mib-1])
+}
+
+// QEMU hangs up when an answer in several pieces fails; asked for one piece it says what failed.
+func TestQemuReadError(t *testing.T) {
+	path := qcow2(t)
+	run(t, "qemu-img", "bitmap", "--disable", path, "b1")
+	socket := serve(t, "qemu-storage-daemon", func(s string) []string {
+		return []string{
+			"--blockdev", "driver=file,node-name=f,filename=" + path,
+			"--blockdev", "driver=blkdebug,node-name=g,image=f,inject-error.0.event=read_aio,inject-error.0.errno=5",
+			"--blockdev", "driver=qcow2,node-name=os,file=g", "--nbd-server", "addr.type=unix,addr.path=" + s,
+			"--export", "type=nbd,id=os,node-name=os,name=os,bitmaps.0=b1",
+		}
+	})
+	c := dial(t, unixURI(socket, "os"))
+	var e *Error
+	require.ErrorAs(t, c.ReadAt(testkit.Context(t), make([]byte, mib), 4*mib), &e)
+	require.Equal(t, uint32(EIO), e.Errno)
+	require.ErrorAs(t, c.Stream(testkit.Context(t), oneRun(all(c)), func(extent.Range, []byte) error { return nil }), &e)
+	require.NoError(t, c.ReadAt(testkit.Context(t), make([]byte, mib), 50*mib), "nothing to read there; the connection goes on")
 }
 
 // nbdkit is another implementation: no qemu contexts, small blocks, errors, slow answers.
@@ -286,8 +308,10 @@ func TestNbdkit(t *testing.T) {
 	})
 }
 
-func oneRun(at extent.Range) iter.Seq2[Run, error] {
-	return func(yield func(Run, error) bool) { yield(Run{Range: at}, nil) }
+func oneRun(at extent.Range) Plan {
+	return func(context.Context) iter.Seq2[Run, error] {
+		return func(yield func(Run, error) bool) { yield(Run{Range: at}, nil) }
+	}
 }
 
 // A plan that fails, a consumer that fails and a consumer that is slow.
@@ -299,8 +323,10 @@ func TestStreamEnds(t *testing.T) {
 	})
 	ctx := testkit.Context(t)
 	boom := errors.New("boom")
-	err := client.Stream(ctx, func(yield func(Run, error) bool) {
-		_ = yield(Run{Range: extent.Range{Len: mib}}, nil) && yield(Run{}, boom)
+	err := client.Stream(ctx, func(context.Context) iter.Seq2[Run, error] {
+		return func(yield func(Run, error) bool) {
+			_ = yield(Run{Range: extent.Range{Len: mib}}, nil) && yield(Run{}, boom)
+		}
 	}, func(extent.Range, []byte) error { return nil })
 	require.ErrorIs(t, err, boom)
 	err = client.Stream(ctx, oneRun(all(client)), func(extent.Range, []byte) error { return boom })

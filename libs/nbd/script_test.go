@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -116,6 +117,7 @@ const scriptSize = 8 << 20
 
 // request is one command that the server got.
 type got struct {
+	flags  uint16
 	kind   uint16
 	cookie uint64
 	off    int64
@@ -128,7 +130,7 @@ func (s *server) request() (got, bool) {
 		return got{}, false
 	}
 	r := got{
-		kind: binary.BigEndian.Uint16(b[6:]), cookie: binary.BigEndian.Uint64(b[8:]),
+		flags: binary.BigEndian.Uint16(b[4:]), kind: binary.BigEndian.Uint16(b[6:]), cookie: binary.BigEndian.Uint64(b[8:]),
 		off: int64(binary.BigEndian.Uint64(b[16:])), length: int64(binary.BigEndian.Uint32(b[24:])),
 	}
 	if r.kind == cmdWrite {
@@ -453,6 +455,26 @@ func TestBounds(t *testing.T) {
 	require.ErrorIs(t, client.ReadAt(testkit.Context(t), make([]byte, 2), scriptSize-1), errBounds)
 	require.ErrorIs(t, client.ReadAt(testkit.Context(t), make([]byte, 2), -1), errBounds)
 	require.NoError(t, client.ReadAt(testkit.Context(t), nil, scriptSize))
+}
+
+// A server may refuse to answer a long read in one piece.
+func TestOnePieceTooLong(t *testing.T) {
+	own := map[uint32][]byte{optGo: join(optionReply(optGo, repInfo, exportInfo(scriptSize, 1|exportDF)), optionReply(optGo, repAck))}
+	client := serveWith(t, own, func(r got) []byte {
+		if r.flags&cmdFlagDF != 0 {
+			return chunkOf(chunkDone, chunkError, r.cookie, be32(EOVERFLOW), be16(0))
+		}
+		return chunkOf(chunkDone, chunkData, r.cookie, be64(uint64(r.off)), sectors(int(r.length/sector), 4))
+	})
+	p := make([]byte, 3*sector)
+	require.NoError(t, client.ReadAt(testkit.Context(t), p, 0))
+	require.Equal(t, sectors(3, 4), p)
+	n := int64(0)
+	require.NoError(t, client.Stream(testkit.Context(t), oneRun(all(client)), func(at extent.Range, data []byte) error {
+		n += int64(len(data))
+		return nil
+	}))
+	require.Equal(t, int64(scriptSize), n)
 }
 
 // A server without structured replies is read all the same.

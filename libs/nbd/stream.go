@@ -30,6 +30,10 @@ type Run struct {
 	Zero bool
 }
 
+// Plan yields what to read, ascending; an error is the last thing it yields. Its requests are to use the context that it
+// gets, which ends with the stream.
+type Plan func(context.Context) iter.Seq2[Run, error]
+
 var (
 	streamPool = sync.Pool{New: func() any { b := make([]byte, StreamPiece); return &b }}
 	smallPool  = sync.Pool{New: func() any { b := make([]byte, smallPiece); return &b }}
@@ -53,8 +57,8 @@ type piece struct {
 // Stream reads the runs of an ascending plan, several at once, and emits them in the order of the plan: data in parts of
 // at most StreamPiece bytes, valid during the call; nil for runs that are Zero. The plan is drawn from another
 // goroutine than emit is called in; both have ended when Stream returns. It holds at most
-// StreamMemory.
-func (c *Client) Stream(ctx context.Context, plan iter.Seq2[Run, error], emit func(at extent.Range, data []byte) error) error {
+// StreamMemory, and gives the server a minute for each piece, however much time ctx leaves.
+func (c *Client) Stream(ctx context.Context, plan Plan, emit func(at extent.Range, data []byte) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	queue := make(chan piece, streamDepth)
 	room := semaphore.NewWeighted(StreamMemory)
@@ -77,7 +81,11 @@ func (c *Client) Stream(ctx context.Context, plan iter.Seq2[Run, error], emit fu
 		}
 		var data []byte
 		if p.k != nil {
-			if err := c.wait(ctx, p.k); err != nil {
+			err := c.waitAtMost(ctx, p.k, true)
+			if tooLong(err) {
+				err = c.again(ctx, p.run.Range, p.k.buf)
+			}
+			if err != nil {
 				p.drop()
 				return fmt.Errorf("read of [%d, +%d): %w", p.run.Off, p.run.Len, err)
 			}
@@ -97,7 +105,7 @@ func (c *Client) Stream(ctx context.Context, plan iter.Seq2[Run, error], emit fu
 }
 
 // feed starts the reads of a plan until it ends, fails, or ctx ends.
-func (c *Client) feed(ctx context.Context, plan iter.Seq2[Run, error], queue chan<- piece, room *semaphore.Weighted) {
+func (c *Client) feed(ctx context.Context, plan Plan, queue chan<- piece, room *semaphore.Weighted) {
 	send := func(p piece) bool {
 		select {
 		case queue <- p:
@@ -108,7 +116,7 @@ func (c *Client) feed(ctx context.Context, plan iter.Seq2[Run, error], queue cha
 		}
 	}
 	step := min(StreamPiece, c.info.Block.Max)
-	for run, err := range plan {
+	for run, err := range plan(ctx) {
 		if err != nil {
 			send(piece{err: err})
 			return
@@ -131,7 +139,7 @@ func (c *Client) feed(ctx context.Context, plan iter.Seq2[Run, error], queue cha
 			}
 			p := piece{run: part, buf: pool.Get().(*[]byte)}
 			p.k = &call{cmd: cmdRead, at: part.Range, buf: (*p.buf)[:part.Len]}
-			if err := c.start(ctx, p.k, 0, nil); err != nil {
+			if err := c.start(ctx, p.k, c.readFlags(), nil); err != nil {
 				p.err = fmt.Errorf("read of [%d, +%d): %w", part.Off, part.Len, err)
 			}
 			if !send(p) {

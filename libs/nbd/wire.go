@@ -33,6 +33,7 @@ const (
 	exportFUA       = 1 << 3
 	exportTrim      = 1 << 5
 	exportZeroes    = 1 << 6
+	exportDF        = 1 << 7
 	exportMultiConn = 1 << 8
 
 	cmdRead        = 0
@@ -45,6 +46,7 @@ const (
 
 	cmdFlagFUA    = 1 << 0
 	cmdFlagNoHole = 1 << 1
+	cmdFlagDF     = 1 << 2
 
 	chunkDone        = 1 << 0
 	chunkNone        = 0

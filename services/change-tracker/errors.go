@@ -22,6 +22,12 @@ var (
 	ErrFormat = errors.New("disk format is not supported")
 	// ErrFenced: a failover has closed the machine's exports.
 	ErrFenced = errors.New("machine is fenced")
+	// ErrSourceLost: the hypervisor that exports a source does not answer.
+	ErrSourceLost = errors.New("export of the source cannot be reached")
+	// ErrExportInvalid: an export of a source is not what it must be.
+	ErrExportInvalid = errors.New("export of the source is not valid")
+	// ErrSnapshotBroken: the frozen copy that a point is read from is gone.
+	ErrSnapshotBroken = errors.New("frozen copy of the disk is broken")
 	// ErrInvalidState: the call is not legal now.
 	ErrInvalidState = errors.New("not possible in this state")
 	// ErrNotTracking: the machine has no tracking.

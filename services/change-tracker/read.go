@@ -23,6 +23,9 @@ const (
 	zeroRun  = 32 << 10
 	// digestsPerRun bounds one run of digests: 32 KiB of them.
 	digestsPerRun = 1024
+	// zeroMost bounds a run of zeros that is gathered before it is emitted, in bytes: readers that hear nothing for long
+	// take the stream for broken.
+	zeroMost = 256 << 20
 )
 
 // Chunk is one run of bytes of a disk. Data is valid during the call that gets it; nil means that all is zero.
@@ -193,28 +196,44 @@ func (m *machine) readRanges(ctx context.Context, lineage string, pass uint64, d
 	if len(ranges) == 0 && r.Pass.Scope != Compare {
 		ranges = d.table.Load().Ranges(sidecar.Pass, window)
 	}
+	return readLive(ctx, d.walk, d.size, ranges, emit)
+}
+
+// walker visits ranges of a disk in order: absent runs, which read as zeros, and data in pieces of at most chunkSize that
+// end at multiples of step or of the disk's own runs.
+type walker func(ctx context.Context, wants []extent.Range, step int64, absent func(extent.Range) error,
+	present func(extent.Range, []byte) error) error
+
+// readLive emits ranges of a disk of size bytes, ascending: every byte of them as data or as zero.
+func readLive(ctx context.Context, walk walker, size int64, ranges []extent.Range, emit func(Chunk) error) error {
+	for _, want := range ranges {
+		if !want.Valid() || want.End() > size {
+			return fmt.Errorf("%w: range [%d, %d) of a disk of %d bytes", ErrInvalidState, want.Off, want.End(), size)
+		}
+	}
 	zero := func(at extent.Range) error {
 		if at.Empty() {
 			return nil
 		}
 		return emit(Chunk{Range: at})
 	}
-	for _, want := range ranges {
-		if !want.Valid() || want.End() > d.size {
-			return fmt.Errorf("%w: range [%d, %d) of a disk of %d bytes", ErrInvalidState, want.Off, want.End(), d.size)
-		}
-		err := d.walk(ctx, want, chunkSize, zero, func(at extent.Range, data []byte) error {
-			return split(at, data, emit, zero)
-		})
-		if err != nil {
+	return walk(ctx, ranges, chunkSize, zero, func(at extent.Range, data []byte) error {
+		return split(at, data, emit, zero)
+	})
+}
+
+func (d *disk) walk(ctx context.Context, wants []extent.Range, step int64, absent func(extent.Range) error,
+	present func(extent.Range, []byte) error,
+) error {
+	for _, want := range wants {
+		if err := d.walkOne(ctx, want, step, absent, present); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// walk visits want in order: absent runs, and data in pieces that end at multiples of step or of its own runs.
-func (d *disk) walk(ctx context.Context, want extent.Range, step int64, absent func(extent.Range) error,
+func (d *disk) walkOne(ctx context.Context, want extent.Range, step int64, absent func(extent.Range) error,
 	present func(extent.Range, []byte) error,
 ) error {
 	const mapAhead = 64 << 20 // asking for the map of all of a fragmented disk would take memory
@@ -292,8 +311,6 @@ func split(at extent.Range, data []byte, emit func(Chunk) error, zero func(exten
 
 func isZero(p []byte) bool { return bytes.Equal(p, zeroes[:len(p)]) }
 
-// hashRanges emits SHA-256 digests of the live data in window by chunks of step bytes, ascending. window begins at a
-// multiple of step and ends at one or at the end of the disk; a short last chunk is hashed as it is.
 func (m *machine) hashRanges(ctx context.Context, lineage, diskID string, window extent.Range, step int64,
 	emit func(Hashes) error,
 ) error {
@@ -301,9 +318,15 @@ func (m *machine) hashRanges(ctx context.Context, lineage, diskID string, window
 	if err != nil {
 		return err
 	}
-	window = window.Intersect(extent.Range{Len: d.size})
+	return hashLive(ctx, d.walk, d.size, window, step, emit)
+}
+
+// hashLive emits SHA-256 digests of the live data in window by chunks of step bytes, ascending. window begins at a
+// multiple of step and ends at one or at the end of the disk; a short last chunk is hashed as it is.
+func hashLive(ctx context.Context, walk walker, size int64, window extent.Range, step int64, emit func(Hashes) error) error {
+	window = window.Intersect(extent.Range{Len: size})
 	if step < zeroUnit || step > chunkSize || step&(step-1) != 0 || window.Off%step != 0 ||
-		window.End()%step != 0 && window.End() != d.size {
+		window.End()%step != 0 && window.End() != size {
 		return fmt.Errorf("%w: window [%d, %d) does not fit chunks of %d", ErrInvalidState, window.Off, window.End(), step)
 	}
 	run := Hashes{Off: window.Off}
@@ -316,7 +339,8 @@ func (m *machine) hashRanges(ctx context.Context, lineage, diskID string, window
 		return err
 	}
 	add := func(digest []byte) error {
-		if run.Chunks > 0 && (len(run.Digests) == 0) != (digest == nil) || len(run.Digests) >= digestsPerRun*sha256.Size {
+		if run.Chunks > 0 && (len(run.Digests) == 0) != (digest == nil) || len(run.Digests) >= digestsPerRun*sha256.Size ||
+			run.Chunks*step >= zeroMost {
 			if err := flush(); err != nil {
 				return err
 			}
@@ -349,7 +373,7 @@ func (m *machine) hashRanges(ctx context.Context, lineage, diskID string, window
 			}
 			at += n
 			r.Len -= n
-			if at%step == 0 || at == d.size {
+			if at%step == 0 || at == size {
 				if err := finish((at-1)%step + 1); err != nil {
 					return err
 				}
@@ -358,7 +382,7 @@ func (m *machine) hashRanges(ctx context.Context, lineage, diskID string, window
 		return nil
 	}
 	absent := func(r extent.Range) error { return piece(r, nil) }
-	if err := d.walk(ctx, window, step, absent, piece); err != nil {
+	if err := walk(ctx, []extent.Range{window}, step, absent, piece); err != nil {
 		return err
 	}
 	return flush()

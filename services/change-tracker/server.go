@@ -43,6 +43,9 @@ var reasons = []struct {
 	{ErrPassNotOpen, typesv1.ErrorReason_ERROR_REASON_PASS_NOT_OPEN},
 	{ErrResyncRequired, typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED},
 	{ErrFenced, typesv1.ErrorReason_ERROR_REASON_MACHINE_FENCED},
+	{ErrSourceLost, typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE},
+	{ErrExportInvalid, typesv1.ErrorReason_ERROR_REASON_SOURCE_EXPORT_INVALID},
+	{ErrSnapshotBroken, typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN},
 	{ErrSpace, typesv1.ErrorReason_ERROR_REASON_LOW_DISK_SPACE},
 	{ErrBroken, typesv1.ErrorReason_ERROR_REASON_TRACKING_BROKEN},
 	{ErrInvalidState, typesv1.ErrorReason_ERROR_REASON_INVALID_STATE},
@@ -176,6 +179,31 @@ func (s *server) SettlePass(_ context.Context, r *changetrackerv1.SettlePassRequ
 		return nil, reasoned(err, "settle pass")
 	}
 	return &changetrackerv1.SettlePassResponse{Status: statusProto(st)}, nil
+}
+
+func (s *server) AttachSource(ctx context.Context, r *changetrackerv1.AttachSourceRequest) (*changetrackerv1.AttachSourceResponse, error) {
+	spec := SourceSpec{ID: r.Vm, Lineage: r.Lineage, Epoch: r.Epoch, Ordinal: r.Ordinal, Scope: scopes[r.Scope]}
+	for _, d := range r.Disks {
+		spec.Disks = append(spec.Disks, SourceDisk{
+			ID: d.Disk, Size: d.SizeBytes, URI: d.Uri, Context: d.ChangeContext, Allocation: d.Allocation,
+		})
+	}
+	changes, err := s.tracker.AttachSource(ctx, spec)
+	if err != nil {
+		return nil, reasoned(err, "attach source of machine "+r.Vm)
+	}
+	out := &changetrackerv1.AttachSourceResponse{}
+	for _, c := range changes {
+		out.Disks = append(out.Disks, &typesv1.DiskChange{Disk: c.Disk, SizeBytes: c.Size, ChangeBytes: c.Bytes})
+	}
+	return out, nil
+}
+
+func (s *server) DetachSource(_ context.Context, r *changetrackerv1.DetachSourceRequest) (*changetrackerv1.DetachSourceResponse, error) {
+	if err := s.tracker.DetachSource(r.Vm, r.Lineage, r.Ordinal); err != nil {
+		return nil, reasoned(err, "detach source of machine "+r.Vm)
+	}
+	return &changetrackerv1.DetachSourceResponse{}, nil
 }
 
 // dataField is the field of ReadChangesResponse and ReadRangesResponse that holds the bytes.

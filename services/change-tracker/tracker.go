@@ -54,7 +54,8 @@ type Tracker struct {
 	mu       sync.Mutex
 	machines map[string]*machine
 	busy     map[string]bool // being attached or detached
-	closed   bool            // by Close: nothing is attached any more
+	sources  map[string]*bitmapSource
+	closed   bool // by Close: nothing is attached any more
 
 	// held is called while the writes of a machine are held. Tests only.
 	held func(*machine)
@@ -65,7 +66,7 @@ type Tracker struct {
 func newTracker(f files, dir string, logger *slog.Logger, now func() time.Time, m *metrics) *Tracker {
 	return &Tracker{
 		files: f, logger: logger, now: now, dir: dir, maxEntries: 1 << 20, limitLogs: true, metrics: m,
-		machines: map[string]*machine{}, busy: map[string]bool{},
+		machines: map[string]*machine{}, busy: map[string]bool{}, sources: map[string]*bitmapSource{},
 	}
 }
 
@@ -96,7 +97,7 @@ func (t *Tracker) Restore() error {
 			t.logger.Error("attach a machine again; its disks are not exported", "file", name, "err", err)
 		}
 	}
-	return nil
+	return t.restoreSources()
 }
 
 // Attach takes over a machine's images. It is idempotent for the same disks.
@@ -297,6 +298,7 @@ func (t *Tracker) Close() error {
 	machines := t.machines
 	t.machines, t.closed = map[string]*machine{}, true
 	t.mu.Unlock()
+	t.closeSources()
 	var errs []error
 	for _, m := range machines {
 		if err := m.end(); err != nil {
@@ -454,11 +456,11 @@ func (t *Tracker) Status(id string) (Status, error) {
 
 // ReadChanges emits what a disk of an open point changed, ascending from offset from.
 func (t *Tracker) ReadChanges(ctx context.Context, id, lineage string, point uint64, disk string, from int64, emit func(Chunk) error) error {
-	m, err := t.machine(id)
+	src, err := t.source(id)
 	if err != nil {
 		return err
 	}
-	return m.readChanges(ctx, lineage, point, disk, from, emit)
+	return src.readChanges(ctx, lineage, point, disk, from, emit)
 }
 
 // ReadRanges emits live data: the open pass's ranges within window, or the ranges named. An empty window is the whole
@@ -466,20 +468,20 @@ func (t *Tracker) ReadChanges(ctx context.Context, id, lineage string, point uin
 func (t *Tracker) ReadRanges(ctx context.Context, id, lineage string, pass uint64, disk string, window extent.Range,
 	ranges []extent.Range, emit func(Chunk) error,
 ) error {
-	m, err := t.machine(id)
+	src, err := t.source(id)
 	if err != nil {
 		return err
 	}
-	return m.readRanges(ctx, lineage, pass, disk, clip(window), ranges, emit)
+	return src.readRanges(ctx, lineage, pass, disk, clip(window), ranges, emit)
 }
 
 // HashRanges emits digests of live data. An empty window is the whole disk.
 func (t *Tracker) HashRanges(ctx context.Context, id, lineage, disk string, window extent.Range, step int64, emit func(Hashes) error) error {
-	m, err := t.machine(id)
+	src, err := t.source(id)
 	if err != nil {
 		return err
 	}
-	return m.hashRanges(ctx, lineage, disk, clip(window), step, emit)
+	return src.hashRanges(ctx, lineage, disk, clip(window), step, emit)
 }
 
 // spaceOr adds ErrSpace to an error that means a full volume.
