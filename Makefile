@@ -20,6 +20,8 @@ NATS_SERVER_VERSION     := v2.15.2
 # The race detector needs a C compiler; without one the tests run without it and say so.
 RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 TESTFLAGS ?= $(RACE) -shuffle=on -timeout 15m
+# What tests of the whole product are told: built programs, and that they may boot machines.
+LAB := LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server LANDFALL_GUEST_TESTS=1
 # Test packages that run at once: each may start servers of its own.
 TESTJOBS ?= 2
 
@@ -43,10 +45,11 @@ build-windows: ## Cross-compile every package for Windows
 .PHONY: test
 test: build $(TOOLS)/nats-server ## Run all tests (CI=true: nothing may be skipped)
 	@test -n "$(RACE)" || echo "make test: no C compiler found: running WITHOUT the race detector"
-	LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server go test -p $(TESTJOBS) $(TESTFLAGS) \
+	@# Tests that boot a machine are skipped, and say so, where QEMU is missing.
+	$(LAB) go test -p $(TESTJOBS) $(TESTFLAGS) \
 		$$(go list $(foreach m,$(MODULES),./$(m)/...) | grep -v /tools/e2e)
 	@# The end-to-end tests drive programs from outside: the race detector would see only the tests themselves.
-	LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server go test -shuffle=on -timeout 20m ./tools/e2e/...
+	$(LAB) go test -shuffle=on -timeout 30m ./tools/e2e/...
 	@# What bounds memory is meant for programs as they are shipped, without the detector's own memory.
 	LANDFALL_BIN=$(BIN) go test -count=1 -timeout 10m -run 'BigSparseDisk' ./tools/scenario
 
@@ -54,6 +57,11 @@ test: build $(TOOLS)/nats-server ## Run all tests (CI=true: nothing may be skipp
 test-robustness: build $(TOOLS)/nats-server ## The long sets: 200 seeded kill runs of the six processes, 100,000 interleavings of the protocol model
 	LANDFALL_ROBUSTNESS_RUNS=200 LANDFALL_MODEL_SEEDS=100000 LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server \
 		go test -timeout 6h -run 'Robust|Model' -v ./tools/e2e/... ./libs/replica/...
+
+.PHONY: test-guest
+test-guest: build $(TOOLS)/nats-server ## Real machines come back: BIOS, UEFI and generation 1, VHDX and qcow2, both forms; needs QEMU, about an hour
+	LANDFALL_GUEST_WHOLE=1 $(LAB) go test -count=1 -timeout 3h -v -run 'RealMachine' ./tools/e2e
+	$(LAB) go test -count=1 -timeout 30m ./tools/guest/... ./tools/conformance
 
 .PHONY: bench
 bench: build ## Go benchmarks, then the comparison suite of tools/bench
