@@ -13,6 +13,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
+
+	"github.com/landfall-dr/landfall/tools/guest/guesttest"
 )
 
 // binaries is where programs were built, if no folder was given.
@@ -27,6 +29,7 @@ const overall = 5 * time.Minute
 
 func TestMain(m *testing.M) {
 	code := m.Run()
+	guesttest.Cleanup()
 	if binaries.dir != "" {
 		_ = os.RemoveAll(binaries.dir)
 	}

@@ -44,12 +44,20 @@ type product struct {
 type form struct {
 	name string
 	make func(t testing.TB) *product
+	// qemu is the same with QEMU's machines.
+	qemu func(t testing.TB) *product
 }
 
 var forms = []form{
-	{"up", newUp},
-	{"fleet", func(t testing.TB) *product { return newFleet(t, true) }},
+	{"up", newUp, func(t testing.TB) *product { return newUpOf(t, "--qemu") }},
+	{"fleet", func(t testing.TB) *product { return newFleet(t, true) }, func(t testing.TB) *product { return newFleetOf(t, false, driverQEMU) }},
 }
+
+// Drivers of host-provider.
+const (
+	driverImagedir = "imagedir"
+	driverQEMU     = "qemu"
+)
 
 func newProduct(t testing.TB) *product {
 	dir, err := os.MkdirTemp("", "landfall-e2e-")
@@ -84,16 +92,22 @@ func (p *product) add(name, path, armEnv string, args ...string) *process {
 }
 
 // newUp is `landfall up`.
-func newUp(t testing.TB) *product {
+func newUp(t testing.TB) *product { return newUpOf(t, "--images") }
+
+// newUpOf names the machines by a flag, --images or --qemu.
+func newUpOf(t testing.TB, flag string) *product {
 	p := newProduct(t)
-	p.add(landfall, program(t, landfall), "LANDFALL_FAILPOINTS", "up", "--state", p.state, "--images", p.images,
+	p.add(landfall, program(t, landfall), "LANDFALL_FAILPOINTS", "up", "--state", p.state, flag, p.images,
 		"--listen", freeAddr(t), "--nbd-listen", freeAddr(t))
 	return p
 }
 
 // newFleet is a nats-server and the six programs, each with its own certificate and configuration. Twins adds a second
 // uploader and a standby scheduler.
-func newFleet(t testing.TB, twins bool) *product {
+func newFleet(t testing.TB, twins bool) *product { return newFleetOf(t, twins, driverImagedir) }
+
+// newFleetOf has hosts of a driver.
+func newFleetOf(t testing.TB, twins bool, driver string) *product {
 	p := newProduct(t)
 	authority, err := pki.Open(filepath.Join(p.dir, "pki"), time.Now)
 	require.NoError(t, err)
@@ -125,6 +139,11 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 		resync:       {"window_bytes": 8 * mib, "retry_delay": "100ms", "resume_wait": "100ms", "host_timeout": "5s"},
 		scheduler:    {"window_bytes": 8 * mib, "lease_ttl": "2s", "poll": "1s", "retry_unit": "500ms", "call_timeout": "5s"},
 		orchestrator: {"lease_ttl": "2s", "retry_delay": "500ms"},
+	}
+	if driver == driverQEMU {
+		delete(sections[host], "images")
+		sections[host]["driver"] = driverQEMU
+		sections[host]["qemu"] = map[string]any{"machines": p.images, "state_dir": filepath.Join(p.dir, "q")}
 	}
 	names := services
 	if twins {
