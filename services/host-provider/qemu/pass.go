@@ -47,7 +47,7 @@ func (d *Driver) BeginPass(ctx context.Context, p hostprovider.Pass) (*typesv1.H
 	if err != nil {
 		return nil, err
 	}
-	disks, err := h.disks(s)
+	disks, err := h.disks(ctx, m, s)
 	if err != nil {
 		return nil, err
 	}
@@ -61,7 +61,7 @@ func (d *Driver) BeginPass(ctx context.Context, p hostprovider.Pass) (*typesv1.H
 }
 
 // disks are the machine's disks as QEMU has them now.
-func (h *held) disks(s *seen) ([]tracked, error) {
+func (h *held) disks(ctx context.Context, m *qmp.Monitor, s *seen) ([]tracked, error) {
 	invalid := func(format string, args ...any) error {
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID, "machine %s: %s", h.id, fmt.Sprintf(format, args...))
 	}
@@ -80,6 +80,14 @@ func (h *held) disks(s *seen) ([]tracked, error) {
 		}
 		if root != d.Node {
 			return nil, invalid("disk %s: the guest writes to node %q, not to %q", d.ID, root, d.Node)
+		}
+		thread, err := iothread(ctx, m, d.Device)
+		if err != nil {
+			return nil, err
+		}
+		if thread != "" {
+			return nil, invalid("disk %s is served by the iothread %s, and QEMU %s would end when it is read: use QEMU %d or newer, or a device without iothread",
+				d.ID, thread, m.Version(), safeIOThread)
 		}
 		out = append(out, tracked{ID: d.ID, Node: d.Node, Device: d.Device, Size: n.size, Path: d.Path, Map: n.driver != "vhdx"})
 	}

@@ -68,7 +68,9 @@ type lab struct {
 	machine string   // q35 or pc
 	extra   []string
 	boot    bool
-	config  Config
+	// device is added to the option of every virtio device.
+	device string
+	config Config
 
 	qemu    *exec.Cmd
 	exited  chan struct{}
@@ -143,26 +145,35 @@ func run(t testing.TB, program string, args ...string) string {
 // start starts the QEMU, stopped (-S): no guest is needed, its devices are written to by hand.
 func (l *lab) start() {
 	l.t.Helper()
+	machine := l.machine
+	if machine == "scsi" {
+		machine = "q35"
+	}
 	a := []string{
-		"-S", "-machine", l.machine, "-accel", "tcg,thread=multi", "-m", "64", "-display", "none", "-nodefaults",
+		"-S", "-machine", machine, "-accel", "tcg,thread=multi", "-m", "64", "-display", "none", "-nodefaults",
 		"-qmp", "unix:" + l.path("q1") + ",server=on,wait=off", "-qmp", "unix:" + l.path("q2") + ",server=on,wait=off",
 	}
+	a = append(a, l.extra...)
 	for i, f := range l.formats {
 		a = append(a, "-blockdev", fmt.Sprintf("driver=%s,node-name=%s,discard=unmap,file.driver=file,file.filename=%s", f, disk(i), l.image(i)))
-		if l.machine == "pc" {
+		if l.machine == "scsi" {
+			a = append(a, "-device", fmt.Sprintf("scsi-hd,drive=%s,id=dev-%s,bus=hba.0", disk(i), disk(i)))
+		} else if l.machine == "pc" {
 			a = append(a, "-device", fmt.Sprintf("ide-hd,drive=%s,id=dev-%s,bus=ide.%d,bootindex=%d", disk(i), disk(i), i, i+1))
 		} else {
-			a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,id=dev-%s,bootindex=%d", disk(i), disk(i), i+1))
+			a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,id=dev-%s,bootindex=%d%s", disk(i), disk(i), i+1, l.device))
 		}
 	}
-	l.qemu = exec.Command("qemu-system-x86_64", append(a, l.extra...)...)
+	l.qemu = exec.Command("qemu-system-x86_64", a...)
 	var stderr bytes.Buffer
 	l.qemu.Stderr = &stderr
 	l.qemu.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	require.NoError(l.t, l.qemu.Start())
 	l.exited = make(chan struct{})
 	go func() {
-		_ = l.qemu.Wait()
+		if err := l.qemu.Wait(); err != nil && err.Error() != "signal: killed" {
+			l.t.Log("qemu ended by itself:", err, stderr.String())
+		}
 		close(l.exited)
 	}()
 	testkit.Eventually(l.t, 20*time.Second, func() error {
@@ -254,7 +265,7 @@ func (l *lab) machineOf() *inventory.Machine {
 
 // front is how HMP names the device.
 func (l *lab) front(d string) string {
-	if l.machine == "pc" {
+	if l.machine != "q35" {
 		return "/machine/peripheral/dev-" + d
 	}
 	return "/machine/peripheral/dev-" + d + "/virtio-backend"
