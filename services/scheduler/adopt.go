@@ -198,6 +198,9 @@ func (v *vmRun) settleStrangers(ctx context.Context, status *typesv1.TrackingSta
 		var err error
 		if p.GetPass() {
 			after, err = v.settlePassOnHost(ctx, o, outcome)
+			if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_BITMAP_LOST) && outcome == typesv1.SettleOutcome_SETTLE_OUTCOME_COMMITTED {
+				after, err = v.settlePassOnHost(ctx, o, typesv1.SettleOutcome_SETTLE_OUTCOME_ABANDONED)
+			}
 		} else {
 			after, err = v.settlePointOnHost(ctx, o, outcome)
 		}

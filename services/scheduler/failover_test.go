@@ -3,6 +3,7 @@ package scheduler_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
 
 	scheduler "github.com/landfall-dr/landfall/services/scheduler"
 	"github.com/landfall-dr/landfall/services/scheduler/schedulertest"
@@ -148,17 +150,19 @@ func (l *lab) refusesAll() {
 }
 
 // Killed at any failpoint of a planned failover, at several hits, and started again: the last point is right, and there
-// is one.
+// is one. LANDFALL_SCHEDULER_LONG=1 runs more hits.
 func TestPlannedFailoverKilledAnywhere(t *testing.T) {
 	for _, point := range []string{"after-record", "before-stop", "after-stop", "before-cut", "after-cut", "before-publish", "after-publish", "before-settle", "after-settle"} {
-		hits := []int64{1, 2}
-		if point == "after-record" {
-			hits = []int64{1, 2, 3, 4, 5, 6}
+		hits := []int64{2}
+		switch {
+		case os.Getenv("LANDFALL_SCHEDULER_LONG") != "" && point == "after-record":
+			hits = []int64{1, 2, 3, 4, 5, 6, 7}
+		case os.Getenv("LANDFALL_SCHEDULER_LONG") != "":
+			hits = []int64{1, 2}
+		case point == "after-record":
+			hits = []int64{1, 3, 5}
 		}
 		for _, hit := range hits {
-			if testing.Short() && hit > 1 {
-				continue
-			}
 			t.Run(fmt.Sprint(point, hit), func(t *testing.T) {
 				l := protectedLab(t)
 				l.policy("policies/fast", time.Hour) // the cycles that are killed are the failover's
@@ -621,5 +625,56 @@ func TestCancelledGoesBackToPaused(t *testing.T) {
 	l.awaitState(scheduler.Paused)
 	_, err = l.protection.ResumeReplication(testkit.Context(t), &schedulerv1.ResumeReplicationRequest{Vm: "web01"})
 	require.NoError(t, err)
+	l.goesOn(scheduler.Protected)
+}
+
+// The hypervisor of a machine that was off already is gone, with its bitmaps: no last point can be cut, and that is said.
+func TestPlannedFailoverWithoutHypervisor(t *testing.T) {
+	t.Parallel()
+	l := protectedLab(t)
+	l.host.Fail(func(method string) error {
+		if method == "CutPoint" {
+			return errcat.New(typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE, "nothing listens")
+		}
+		return nil
+	})
+	f := l.StartFailover(l.host, "f1", planned)
+	vm := l.awaitStage(refusedStage)
+	require.Equal(t, "HYPERVISOR_UNREACHABLE", vm.GetFailover().GetError().GetReason())
+	f.Phase(failed)
+	l.awaitState(scheduler.FailoverFailed)
+	l.host.Fail(nil)
+	f.Phase(cancelling)
+	f.Phase(cancelled)
+	l.goesOn(scheduler.Protected)
+}
+
+// The host's last point was on its way when the unplanned failover began, and committed just before the close. The host
+// is told when it is back, and what follows a cancellation stands on that point.
+func TestUnplannedFailoverWithAPointOnItsWay(t *testing.T) {
+	t.Parallel()
+	l := protectedLab(t)
+	release, held := make(chan struct{}), make(chan uint64, 16)
+	l.Workers.Hook(func(ctx context.Context, task proto.Message) error {
+		held <- task.(*uploaderv1.ShipTask).GetPoint().GetOrdinal()
+		await(ctx, release)
+		return nil
+	})
+	point := <-held
+	f := l.StartFailover(l.host, "f1", unplanned)
+	vm := l.awaitFenced()
+	close(release)
+	testkit.Eventually(t, patien, func() bool {
+		points := l.Points(vm.GetLineage())
+		return points[len(points)-1] == point
+	})
+	f.CloseAndSay()
+	f.Phase(waiting)
+	l.awaitReleased()
+	require.Equal(t, point, l.host.Status().GetBase(), "it is in the chain, so it is the host's base")
+	f.Phase(cancelling)
+	f.Open()
+	f.Phase(cancelled)
+	l.Workers.Hook(nil)
 	l.goesOn(scheduler.Protected)
 }

@@ -53,7 +53,11 @@ func (v *vmRun) keepFenced(ctx context.Context, f *failoverv1.Failover) (next, e
 		return v.fence(ctx, poll)
 	}
 	if closed && v.m.released != p.GetFailover() {
-		if err := v.releaseMachine(ctx); err != nil {
+		err := v.settleForRelease(ctx)
+		if err == nil {
+			err = v.releaseMachine(ctx)
+		}
+		if err != nil {
 			v.log.WarnContext(ctx, "source not released yet", "vm", v.rec.GetName(), "error", err)
 			v.m.fenceTries++
 			v.m.fenceAt = now.Add(v.fenceGap())
@@ -62,6 +66,20 @@ func (v *vmRun) keepFenced(ctx context.Context, f *failoverv1.Failover) (next, e
 		v.m.released, v.m.fenceTries = p.GetFailover(), 0
 	}
 	return poll, nil
+}
+
+// settleForRelease ends what the host still holds open of before the failover: as long as it is, its data is kept.
+func (v *vmRun) settleForRelease(ctx context.Context) error {
+	status, err := v.tracking(ctx)
+	if err != nil || status.GetLineage() != v.rec.GetLineage() {
+		return err
+	}
+	chain, err := v.chainState(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = v.settleStrangers(ctx, status, chain)
+	return err
 }
 
 // sooner is the earlier of two looks; the zero one is the latest.

@@ -44,10 +44,14 @@ func (v *vmRun) planned(ctx context.Context, f *failoverv1.Failover) (next, erro
 		return later(wait), nil
 	}
 	switch p.GetStage() {
+	case stageSending:
+		r := v.rec.GetRetry()
+		if r.GetAttempt() >= int32(len(rungs)) && reasonOf(r.GetError()) == typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE {
+			return v.refusePlanned(ctx, r.GetError(), typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED) // fenced: nobody starts it again
+		}
+		return v.replicate(ctx) // a cycle like any other, with a pass before it if the host asks for one
 	case stageStopping:
 		return v.stopSource(ctx)
-	case stageSending: // a cycle like any other, with a pass before it if the host asks for one
-		return v.replicate(ctx)
 	}
 	if v.rec.GetPass() == nil && v.rec.GetCycle() == nil {
 		v.restFence()

@@ -88,6 +88,9 @@ func (h *Host) ReleaseMachine(_ context.Context, r *hostproviderv1.ReleaseMachin
 	if !h.off || h.fence == "" {
 		return nil, refuse(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "the guest runs or is not fenced")
 	}
+	if h.open != nil {
+		return nil, refuse(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "ordinal %d is open: its data is read from the hypervisor", h.open.point.GetOrdinal())
+	}
 	h.released = true
 	if h.bitmaps {
 		h.loseBitmapLocked()
