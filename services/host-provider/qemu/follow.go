@@ -43,6 +43,14 @@ func (h *held) followed(ctx context.Context, m *qmp.Monitor) (*seen, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(s.jobs) > 0 { // a guest may have been stopped by them while nobody watched
+		if err := h.d.rescue(ctx, m, h.id); err != nil {
+			return nil, err
+		}
+		if s, err = observe(ctx, m); err != nil {
+			return nil, err
+		}
+	}
 	if err := h.judge(ctx, s); err != nil {
 		return nil, err
 	}
@@ -59,6 +67,9 @@ func (h *held) followed(ctx context.Context, m *qmp.Monitor) (*seen, error) {
 			return nil, err
 		}
 		changed = true
+	}
+	if o := h.rec.Open; o != nil && o.Method == byJob && o.Broken == "" {
+		h.watch(m)
 	}
 	if changed {
 		return observe(ctx, m)

@@ -85,6 +85,11 @@ func (l *lab) cuts(t *testing.T, n int) (torn int, last uint32) {
 	l.ship(p)
 	_, err = l.settlePass(p, commit)
 	require.NoError(t, err)
+	return l.cutsOnly(t, n)
+}
+
+func (l *lab) cutsOnly(t *testing.T, n int) (torn int, last uint32) {
+	t.Helper()
 	var pause, total time.Duration
 	for range n {
 		before := last

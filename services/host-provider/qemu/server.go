@@ -79,7 +79,11 @@ func (h *held) export(ctx context.Context, m *qmp.Monitor, i int, node string, b
 	args := arguments{
 		"type": "nbd", "id": name(exportID, o.New, i), "node-name": node, "name": exportName(o.New, t.ID), "writable": false,
 	}
-	if bitmap != "" {
+	switch {
+	case bitmap == "":
+	case o.Method == byJob:
+		args["bitmaps"] = []any{bitmap} // older QEMUs take names only, and find it in the backing chain
+	default:
 		args["bitmaps"] = []any{arguments{"node": t.Node, "name": bitmap}}
 	}
 	if err := h.do(ctx, m, "block-export-add", args); err != nil {

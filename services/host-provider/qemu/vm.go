@@ -21,6 +21,8 @@ type vm struct {
 	rec *record
 	// stopWatch ends the watcher of a point made by a job; nil when none runs.
 	stopWatch func()
+	// watched is the connection that the watcher uses.
+	watched *qmp.Monitor
 }
 
 // held is a machine under its lock.
