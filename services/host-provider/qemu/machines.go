@@ -144,9 +144,11 @@ func (c *check) exports(ctx context.Context, mon *qmp.Monitor) error {
 		}
 		return err
 	}
+	mine := &held{d: c.d, vm: &vm{id: c.m.ID}}
 	for _, e := range exports {
-		if e.Type == "nbd" && !ours(e.ID) {
-			c.warn(checkExports, "stop the other program's NBD export while the machine is protected, or give it its own qemu-storage-daemon",
+		if e.Type == "nbd" && !ours(e.ID) && !serverAnswers(mine.socketPath()) {
+			c.add(hostproviderv1.Severity_SEVERITY_ERROR, checkExports, typesv1.ErrorReason_ERROR_REASON_SOURCE_EXPORT_INVALID,
+				"end the other program's NBD export, then check again",
 				"another program exports node %s by QEMU's only NBD server (export %s): points cannot be read while it does", e.Node, e.ID)
 		}
 	}

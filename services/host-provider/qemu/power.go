@@ -197,13 +197,13 @@ func (h *held) askAgent(ctx context.Context) {
 
 // awaitOff waits for at most stopWait, and less when the caller has less time.
 func (h *held) awaitOff(ctx context.Context) (typesv1.PowerState, error) {
-	limit := time.Now().Add(stopWait)
+	limit := time.Now().Add(stopWait) //nolint:forbidigo // the caller's deadline is by the real clock
 	if end, ok := ctx.Deadline(); ok && end.Add(-time.Second).Before(limit) {
 		limit = end.Add(-time.Second)
 	}
 	for {
 		_, state, err := h.power(ctx)
-		if err != nil || state == typesv1.PowerState_POWER_STATE_OFF || time.Now().After(limit) {
+		if err != nil || state == typesv1.PowerState_POWER_STATE_OFF || time.Until(limit) <= 0 { //nolint:forbidigo // as above
 			return state, err
 		}
 		if err := pause(ctx, lookAgain); err != nil {

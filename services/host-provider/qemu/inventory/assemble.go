@@ -227,6 +227,10 @@ func inspect(l LiveDisk, name string) (out []*hostproviderv1.Finding) {
 	if _, ok := formats[l.Driver]; !ok {
 		bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, "convert it with `qemu-img convert` to vhdx, qcow2, vpc or raw", "driver %s is not vhdx, qcow2, vpc or raw", l.Driver)
 	}
+	if l.Shared {
+		bad(typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED, "start QEMU without share-rw for the disk, or leave it out of the definition's disks",
+			"its device has share-rw=on: what another machine writes to it is not seen here")
+	}
 	switch {
 	case l.Size <= 0 || l.Size%sector != 0:
 		bad(typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_TRUNCATED, "resize it to whole sectors of 512 bytes", "%d bytes are not a whole number of sectors", l.Size)

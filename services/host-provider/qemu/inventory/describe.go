@@ -57,6 +57,8 @@ type LiveDisk struct {
 	Path   string
 	// Backing is the image below an overlay; empty for a whole one.
 	Backing string
+	// Shared: the device lets others write to the image (share-rw).
+	Shared bool
 	// BootIndex orders devices for the firmware; negative without one.
 	BootIndex int
 }
@@ -189,9 +191,11 @@ func describeDisk(ctx context.Context, m Monitor, device string, top *blockNode,
 			d.Backing = cmp.Or(n.Image.Backing, n.Backing)
 		}
 	}
-	err := m.Execute(ctx, "qom-get", map[string]any{"path": device, "property": "bootindex"}, &d.BootIndex)
-	if err != nil && !qmp.Refused(err) { // a device without the property never boots
-		return d, fmt.Errorf("describe disk: %w", err)
+	for property, into := range map[string]any{"bootindex": &d.BootIndex, "share-rw": &d.Shared} {
+		err := m.Execute(ctx, "qom-get", map[string]any{"path": device, "property": property}, into)
+		if err != nil && !qmp.Refused(err) { // a device without the property never boots, and shares nothing
+			return d, fmt.Errorf("describe disk: %w", err)
+		}
 	}
 	return d, nil
 }

@@ -152,6 +152,12 @@ func disk(format, node, file, device string) []string {
 	}
 }
 
+// shared lets others write to the disk too.
+func shared(args []string) []string {
+	args[len(args)-1] += ",share-rw=on"
+	return args
+}
+
 // A socket without a definition is described by its QEMU alone: UEFI, two disks, a NIC, a CD-ROM that is left out. It stays
 // as it was when QEMU is killed, over a restart of the driver, and is found again when QEMU is back.
 func TestBareSocket(t *testing.T) {
@@ -281,7 +287,7 @@ func TestDefinitionsAndQEMU(t *testing.T) {
 	}
 	g.image("raw", "odd.raw", "1537K")
 	g.qemu("one.qmp", slices.Concat([]string{"-uuid", webID, "-drive", "if=none,id=old,format=raw,file=c.raw", "-device", "virtio-blk-pci,drive=old,id=dev-old"},
-		disk("raw", "a", "a.raw", "dev-a"), disk("raw", "b", "b.raw", "dev-b"), disk("raw", "odd", "odd.raw", "dev-odd"))...)
+		disk("raw", "a", "a.raw", "dev-a"), shared(disk("raw", "b", "b.raw", "dev-b")), disk("raw", "odd", "odd.raw", "dev-odd"), disk("raw", "d", "d.raw", "dev-d"))...)
 	g.qemu("none.qmp", "-name", "nobody")
 	for _, c := range []struct {
 		name, yaml string
@@ -289,14 +295,15 @@ func TestDefinitionsAndQEMU(t *testing.T) {
 		says       string
 		disks      []string
 	}{
-		{name: "listed disks, in order", yaml: "id: " + webID + "\ndisks: [{id: data, device: dev-b}, {id: os, node: a, os: true}]\nname: web\nfirmware: uefi\n", disks: []string{"data", "os*"},
-			want: []string{"warning disk", "warning disk", "warning network"}, says: "disk odd"},
+		{name: "listed disks, in order", yaml: "id: " + webID + "\ndisks: [{id: data, device: dev-d}, {id: os, node: a, os: true}]\nname: web\nfirmware: uefi\n", disks: []string{"data", "os*"},
+			want: []string{"warning disk", "warning disk", "warning disk", "warning network"}, says: "disk odd"},
 		{name: "disk that is not there", yaml: "disks: [{id: os, node: z}]\n", want: []string{"error disk DISK_IMAGE_MISSING"}, says: "disk os: QEMU has no writable disk with node z"},
-		{name: "all disks, one without a name", yaml: "name: web\n", want: []string{"error disk DISK_FORMAT_UNSUPPORTED", "warning disk-alignment"}, says: "node-name=NAME"},
+		{name: "all disks, one without a name", yaml: "name: web\n", want: []string{"error disk DISK_FORMAT_UNSUPPORTED", "error disk DISK_FORMAT_UNSUPPORTED", "warning disk-alignment"}, says: "node-name=NAME"},
 		{name: "another machine's id", yaml: "id: " + dbID + "\ndisks: [{id: os, node: a}]\n", want: []string{"error machine-id VM_DEFINITION_INVALID"}, says: webID},
 		{name: "no id anywhere", yaml: "qmp: none.qmp\n", want: []string{"error disk DISK_IMAGE_MISSING", "error machine-id VM_DEFINITION_INVALID"}, says: "no writable disk"},
 		{name: "nothing listens", yaml: "qmp: nothing.qmp\nid: " + webID + "\n", want: []string{"error monitor HYPERVISOR_UNREACHABLE"}, says: "nothing.qmp,server=on,wait=off"},
-		{name: "odd size", yaml: "disks: [{id: os, node: odd}]\n", disks: []string{"os*"}, want: []string{"warning disk", "warning disk", "warning disk", "warning disk-alignment", "warning network"}},
+		{name: "shared disk", yaml: "disks: [{id: os, node: b}]\n", want: []string{"error disk DISK_FORMAT_UNSUPPORTED"}, says: "share-rw=on"},
+		{name: "odd size", yaml: "disks: [{id: os, node: odd}]\n", disks: []string{"os*"}, want: []string{"warning disk", "warning disk", "warning disk", "warning disk", "warning disk-alignment", "warning network"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			g.state = t.TempDir()
