@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"regexp"
 	"time"
+
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/qemutarget"
 )
 
 // Config of the failover-orchestrator.
@@ -26,6 +28,8 @@ type Config struct {
 	// Machine is the name of this machine in the records of failovers; empty takes the host name. Set it where the host
 	// name does not last, as in containers: a copy is only removed from the machine that made it.
 	Machine string `koanf:"machine"`
+	// Qemu is how target qemu runs machines here.
+	Qemu qemutarget.Config `koanf:"qemu"`
 }
 
 // site is a token of event subjects (docs/events.md).
@@ -33,7 +37,7 @@ var site = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
 
 // Default is a sensible configuration.
 func Default() Config {
-	return Config{Site: "local", Workers: 4, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5, SourceTimeout: time.Hour}
+	return Config{Site: "local", Workers: 4, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5, SourceTimeout: time.Hour, Qemu: qemutarget.Default()}
 }
 
 // Validate reports all problems at once, each with its key.
@@ -61,6 +65,9 @@ func (c Config) Validate() error {
 	}
 	if len(c.Machine) > 253 {
 		problems = append(problems, fmt.Errorf("machine: %d characters, at most 253 are allowed", len(c.Machine)))
+	}
+	for _, err := range c.Qemu.Problems() {
+		problems = append(problems, fmt.Errorf("qemu.%w", err))
 	}
 	return errors.Join(problems...)
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/replica"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/failover-orchestrator/qemutarget"
 	"github.com/landfall-dr/landfall/services/failover-orchestrator/target"
 	"github.com/landfall-dr/landfall/services/failover-orchestrator/vhdtarget"
 )
@@ -25,8 +26,8 @@ func targets(c Config, d Deps) map[failoverv1.TargetKind]target.Target {
 }
 
 // builtIn are the targets that every instance has.
-func builtIn(Config, Deps) []target.Target {
-	return []target.Target{vhdtarget.Target{}}
+func builtIn(c Config, d Deps) []target.Target {
+	return []target.Target{vhdtarget.Target{}, qemutarget.New(c.Qemu, d.Clock)}
 }
 
 // target finds a recovery target.

@@ -1,3 +1,5 @@
+//go:build linux
+
 package qemutarget
 
 import (
@@ -29,8 +31,7 @@ import (
 func made(t *testing.T, c Config, dir string, change func(*target.Plan)) (*Target, target.Plan) {
 	t.Helper()
 	needQEMU(t)
-	q, err := New(c, time.Now)
-	require.NoError(t, err)
+	q := New(c, time.Now)
 	p := target.Plan{Failover: "f1", Dir: dir, Qemu: proto.CloneOf(options.Qemu), Machine: &typesv1.Machine{
 		Disks: []*typesv1.Disk{{Id: "data", SizeBytes: 5 << 20}, {Id: "os", SizeBytes: 3 << 20, OsDisk: true}}, MemoryBytes: 128 << 20,
 	}}
@@ -145,8 +146,7 @@ func TestDoesNotStart(t *testing.T) {
 	_, err := q.Boot(bounded(t), p, nil)
 	require.True(t, errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT), "%v", err)
 	require.ErrorContains(t, err, "nonsense")
-	q, err = New(config(), time.Now)
-	require.NoError(t, err)
+	q = New(config(), time.Now)
 	e, err := q.Boot(bounded(t), p, nil)
 	require.NoError(t, err)
 	require.Contains(t, e.ConsoleTail, targettest.ConsoleText+"1")
@@ -297,17 +297,15 @@ func TestUnavailable(t *testing.T) {
 	} {
 		c := config()
 		change(&c)
-		q, err := New(c, time.Now)
-		require.NoError(t, err)
-		_, err = q.Check(bounded(t), p)
+		q := New(c, time.Now)
+		_, err := q.Check(bounded(t), p)
 		require.True(t, errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_TARGET_UNAVAILABLE), "%v", err)
 		require.ErrorContains(t, err, want)
 		require.NoDirExists(t, p.Dir)
 	}
-	q, err := New(config(), time.Now)
-	require.NoError(t, err)
+	q := New(config(), time.Now)
 	p.Qemu = &failoverv1.QemuTarget{ConsolePattern: "("}
-	_, err = q.Check(bounded(t), p)
+	_, err := q.Check(bounded(t), p)
 	require.True(t, errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT), "%v", err)
 	p.Qemu, p.Machine = nil, &typesv1.Machine{Disks: make([]*typesv1.Disk, maxDisks+1)}
 	_, err = q.Check(bounded(t), p)

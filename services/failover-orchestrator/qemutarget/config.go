@@ -41,9 +41,8 @@ func Default() Config {
 	}
 }
 
-// Validate reports all problems at once, each with its key.
-func (c Config) Validate() error {
-	var problems []error
+// Problems are all that is wrong, each with its key first.
+func (c Config) Problems() (problems []error) {
 	for _, s := range []struct{ key, value string }{
 		{"program", c.Program}, {"image_program", c.ImageProgram}, {"accelerator", c.Accelerator}, {"cpu", c.CPU},
 	} {
@@ -62,7 +61,7 @@ func (c Config) Validate() error {
 			problems = append(problems, fmt.Errorf("%s: %s must be 1s to 10m", s.key, s.value))
 		}
 	}
-	return errors.Join(problems...)
+	return problems
 }
 
 // firmware is a pair of OVMF files that fit each other.

@@ -26,13 +26,9 @@ type Target struct {
 
 var _ target.Target = (*Target)(nil)
 
-// New returns the target. now is the clock by which the boot is timed; it is stored, and read by later processes.
-func New(config Config, now func() time.Time) (*Target, error) {
-	if err := config.Validate(); err != nil {
-		return nil, err
-	}
-	return &Target{config: config, now: now}, nil
-}
+// New returns the target; config is valid. now is the clock by which the boot is timed: it is stored, and read by later
+// processes.
+func New(config Config, now func() time.Time) *Target { return &Target{config: config, now: now} }
 
 // Kind implements target.Target.
 func (t *Target) Kind() failoverv1.TargetKind { return failoverv1.TargetKind_TARGET_KIND_QEMU }

@@ -88,16 +88,16 @@ func TestArguments(t *testing.T) {
 	other := p
 	other.Failover = "f2"
 	require.NotEqual(t, identity(p), identity(other))
-	require.NoError(t, Default().Validate())
-	require.Error(t, Config{}.Validate())
+	require.Empty(t, Default().Problems())
+	require.Len(t, Config{FirmwareCode: "x"}.Problems(), 7)
 }
 
 func TestPlain(t *testing.T) {
 	for in, want := range map[string]string{
 		"\x1b[2J\x1b[01;01H\x1b[=3h\x1b[0m\x1b[35m\x1b[40mUEFI\x1b[3;4HShell\r\n\r\n> ": "UEFI\nShell\n> ",
-		"\x1b]0;title\x07\x1b(Bok\x07\b\x00": "ok",
-		"gr\xfc\xdf\tgrüß":                   "gr??\tgrüß",
-		"half\x1b[3":                         "half",
+		"\x1b]0;title\x07\x1b(Bok\x07\b\x00":                                            "ok",
+		"gr\xfc\xdf\tgrüß":                                                              "gr??\tgrüß",
+		"half\x1b[3":                                                                    "half",
 	} {
 		require.Equal(t, want, plain([]byte(in)), "%q", in)
 	}
