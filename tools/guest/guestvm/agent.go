@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -181,4 +182,10 @@ func (v *VM) WriteLoad(ctx context.Context, size, disk string) (guest.Load, erro
 func (v *VM) MeasureLatency(ctx context.Context, during time.Duration, disk string) (guest.Latency, error) {
 	var l guest.Latency
 	return l, v.program(ctx, &l, "latency", during.String(), disk)
+}
+
+// SetRate changes how many steps a second the writer does: 0 as many as it can, negative pauses it. It lasts until the next boot.
+func (v *VM) SetRate(ctx context.Context, rate int) error {
+	var s guest.Settings
+	return v.program(ctx, &s, "rate", strconv.Itoa(rate))
 }

@@ -104,17 +104,28 @@ func TestRunningGuest(t *testing.T) {
 
 	load, err := vm.WriteLoad(booting(t), "20MB", "data")
 	require.NoError(t, err)
-	require.EqualValues(t, 20e6, load.Bytes)
+	require.Equal(t, int64(20_000_000), load.Bytes)
 	t.Logf("20 MB written durably in the guest: %d ms", load.TookMS)
 	latency, err := vm.MeasureLatency(booting(t), 500*time.Millisecond, "os")
 	require.NoError(t, err)
 	require.NotZero(t, latency.Writes)
 	t.Logf("durable 4 KiB writes: %+v", latency)
 
+	// As fast as it can, and verified between two steps all the same; then at rest.
+	require.NoError(t, vm.SetRate(booting(t), 0))
+	require.NoError(t, vm.WaitAcked(booting(t), vm.Acked()+100))
 	report, err := vm.Verify(booting(t))
 	require.NoError(t, err)
 	require.True(t, report.OK, "%+v", report)
-	require.Equal(t, report.Intent, report.Commit, "verified between two steps")
+	require.Equal(t, report.Intent, report.Commit)
+	require.NoError(t, vm.SetRate(booting(t), -1))
+	report, err = vm.Verify(booting(t))
+	require.NoError(t, err)
+	again, err := vm.Verify(booting(t))
+	require.NoError(t, err)
+	require.LessOrEqual(t, again.Commit, report.Commit+1)
+	require.NoError(t, vm.SetRate(booting(t), 50))
+	require.NoError(t, vm.WaitAcked(booting(t), again.Commit+3))
 
 	// A frozen guest writes nothing: what is on the disks then needs no replay.
 	var frozen int
@@ -172,6 +183,15 @@ func TestDisksOfTwoInstants(t *testing.T) {
 	require.NoError(t, err)
 	require.False(t, report.OK)
 	require.Contains(t, strings.Join(report.Bad, "\n"), "the data disk is older")
+	vm.Close()
+
+	cfg.Data = guestvm.Disk{}
+	vm = guesttest.Start(t, cfg)
+	require.NoError(t, vm.WaitReady(booting(t)), "it comes up to tell")
+	report, err = vm.WaitReport(booting(t))
+	require.NoError(t, err)
+	require.False(t, report.OK)
+	require.Contains(t, strings.Join(report.Bad, "\n"), "no file system landfall-data")
 }
 
 func copyFile(t *testing.T, from, to string) {

@@ -151,7 +151,7 @@ func buildProgram(ctx context.Context, given, work string) ([]byte, error) {
 	_, err := command(ctx, "", []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64"},
 		"go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, guestProgram)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("build landfall-guest (the working folder must be in the repository): %w", err)
 	}
 	return os.ReadFile(out)
 }
@@ -178,7 +178,7 @@ func loaders(ctx context.Context, o Options, work, esp string) (boot, core []byt
 	if err := make("i386-pc", coreFile, "biosdisk"); err != nil {
 		return nil, nil, err
 	}
-	if err := make("x86_64-efi", efiFile, "fat"); err != nil {
+	if err := make("x86_64-efi", efiFile, "fat", "all_video"); err != nil {
 		return nil, nil, err
 	}
 	env := []string{"MTOOLS_SKIP_CHECK=1", "MTOOLSRC=/dev/null"}

@@ -49,9 +49,6 @@ type packageSet struct {
 	Agent  []pkg `json:"agent"`
 }
 
-// all lists the set in a fixed order.
-func (s packageSet) all() []pkg { return append([]pkg{s.Kernel}, s.Agent...) }
-
 // lastSet remembers the set used last, for machines without apt's lists.
 const lastSet = "packages.json"
 

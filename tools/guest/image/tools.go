@@ -24,13 +24,9 @@ var commandPackages = map[string]string{
 
 // filePackages tells the same for files.
 var filePackages = map[string]string{
-	"/usr/lib/grub/i386-pc/boot.img":        "grub-pc-bin",
-	"/usr/lib/grub/x86_64-efi/modinfo.sh":   "grub-efi-amd64-bin",
-	"/usr/share/OVMF/OVMF_CODE_4M.fd":       "ovmf",
-	"/usr/share/OVMF/OVMF_VARS_4M.fd":       "ovmf",
-	"/usr/share/qemu/bios-256k.bin":         "seabios",
-	"/usr/lib/ipxe/qemu/efi-virtio.rom":     "ipxe-qemu",
-	"/usr/share/seabios/vgabios-stdvga.bin": "seabios",
+	"/usr/lib/grub/i386-pc/boot.img":      "grub-pc-bin",
+	"/usr/lib/grub/x86_64-efi/modinfo.sh": "grub-efi-amd64-bin",
+	"/usr/share/OVMF/OVMF_CODE_4M.fd":     "ovmf",
 }
 
 // ErrMissing is wrapped when the machine lacks a program or a file; the text names the Debian package.

@@ -11,7 +11,7 @@
 //     pressed now is seen and the agents have their ports open": a button
 //     pressed before anyone listens is lost without trace.
 //   - `landfall-guest writer`: the two-disk ledger and the files.
-//   - `landfall-guest verify|write|latency|poweroff|reboot`: on demand,
+//   - `landfall-guest verify|write|latency|rate|poweroff|reboot`: on demand,
 //     through the guest agent's guest-exec. `shutdown` and `poweroff` are
 //     links to it, because the agent's guest-shutdown calls /sbin/shutdown.
 package inside

@@ -28,12 +28,12 @@ func (p *processes) start(argv []string) (int, error) {
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", argv[0], err)
 	}
-	defer unix.Close(null) //nolint:errcheck // read-only
+	defer unix.Close(null)
 	console, err := unix.Open("/dev/console", unix.O_WRONLY|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", argv[0], err)
 	}
-	defer unix.Close(console) //nolint:errcheck // nothing to do about it
+	defer unix.Close(console)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	pid, err := syscall.ForkExec(argv[0], argv, &syscall.ProcAttr{

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,11 +32,12 @@ const (
 	loadName   = "load"
 )
 
-// Lock files. A step holds stepLock; whoever wants the disks at rest takes
+// Files that steer the writer. A step holds stepLock; whoever wants the disks at rest takes
 // gateLock, so that no new step begins, and then waits for stepLock.
 const (
 	gateLock = runFolder + "/gate"
 	stepLock = runFolder + "/step"
+	ratePath = runFolder + "/rate"
 )
 
 // osRing and dataRing are the file histories of a ledger.
@@ -101,13 +103,12 @@ func (w *writer) run(ctx context.Context, n uint64, rate int) error {
 		return err
 	}
 	defer step.Close()
-	var tick <-chan time.Time
-	if rate > 0 {
-		t := time.NewTicker(time.Second / time.Duration(rate))
-		defer t.Stop()
-		tick = t.C
-	}
+	pace := time.NewTimer(0)
+	defer pace.Stop()
 	for ; ctx.Err() == nil; n++ {
+		if err := waitTurn(ctx, pace, rate); err != nil {
+			return nil //nolint:nilerr // the end was asked for
+		}
 		if err := lock(gate, unix.LOCK_SH); err != nil {
 			return err
 		}
@@ -123,14 +124,49 @@ func (w *writer) run(ctx context.Context, n uint64, rate int) error {
 		if err := lock(step, unix.LOCK_UN); err != nil {
 			return err
 		}
-		if tick != nil {
-			select {
-			case <-ctx.Done():
-			case <-tick:
-			}
-		}
 	}
 	return nil
+}
+
+// rateLook is how often a writer that pauses looks whether it may go on.
+const rateLook = 50 * time.Millisecond
+
+// waitTurn keeps the rate: the one in ratePath, which `landfall-guest rate` sets while the writer runs, or else the given one.
+func waitTurn(ctx context.Context, pace *time.Timer, rate int) error {
+	for {
+		now := rate
+		if b, err := os.ReadFile(ratePath); err == nil {
+			if n, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
+				now = n
+			}
+		}
+		wait := rateLook
+		switch {
+		case now == 0:
+			return ctx.Err()
+		case now > 0:
+			wait = time.Second / time.Duration(now)
+		}
+		// The timer runs since the last step began: a step that takes its time does not slow the rate down.
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-pace.C:
+		}
+		pace.Reset(wait)
+		if now > 0 {
+			return nil
+		}
+	}
+}
+
+// SetRate changes the rate of the running writer; negative pauses it.
+func SetRate(rate int) error {
+	tmp := ratePath + ".new"
+	if err := os.WriteFile(tmp, []byte(strconv.Itoa(rate)), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(tmp, ratePath)
 }
 
 // step does step n: intent, files, commit, each durable before the next; then the acknowledgement.

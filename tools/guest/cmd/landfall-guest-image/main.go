@@ -27,9 +27,11 @@ func run(ctx context.Context) error {
 	o := image.Default()
 	flag.StringVar(&o.Out, "out", "", "folder that gets the disks")
 	flag.StringVar(&o.Cache, "cache", o.Cache, "folder that keeps packages")
+	flag.StringVar(&o.Program, "program", "", "a landfall-guest that is built already")
 	osMiB := flag.Int64("os-mib", o.OSBytes>>20, "size of the OS disk in MiB")
 	dataMiB := flag.Int64("data-mib", o.DataBytes>>20, "size of the data disk in MiB")
 	flag.IntVar(&o.Settings.Rate, "rate", o.Settings.Rate, "steps a second of the writer; 0 as many as it can, negative none")
+	flag.StringVar(&o.KernelArgs, "kernel-args", "", "added to the kernel command line")
 	format := flag.String("format", "raw", "raw, vhdx, qcow2 or vpc")
 	flag.Parse()
 	o.OSBytes, o.DataBytes = *osMiB<<20, *dataMiB<<20

@@ -19,7 +19,7 @@ import (
 	"github.com/landfall-dr/landfall/tools/guest/inside"
 )
 
-const usage = "usage: landfall-guest verify | write SIZE [os|data] | latency DURATION [os|data] | writer | poweroff | reboot"
+const usage = "usage: landfall-guest verify | write SIZE [os|data] | latency DURATION [os|data] | rate STEPS-A-SECOND | writer | poweroff | reboot"
 
 func main() {
 	if err := run(filepath.Base(os.Args[0]), os.Args[1:]); err != nil {
@@ -78,6 +78,15 @@ func run(name string, args []string) error {
 			return err
 		}
 		return print(latency)
+	case args[0] == "rate" && len(args) > 1:
+		rate, err := strconv.Atoi(args[1])
+		if err != nil {
+			return fmt.Errorf("rate: %w", err)
+		}
+		if err := inside.SetRate(rate); err != nil {
+			return err
+		}
+		return print(guest.Settings{Rate: rate})
 	case args[0] == "poweroff", args[0] == "reboot":
 		return inside.RequestPowerDown(args[0] == "reboot")
 	}
