@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -16,6 +17,8 @@ import (
 )
 
 const (
+	// agentWait is how long the guest agent is given: it is silent when it does what it is asked.
+	agentWait = 2 * time.Second
 	// stopWait is how long Stop waits for a guest that was asked to power down; the caller asks again.
 	stopWait = 4 * time.Second
 	// pressAgain is when a power button is taken as lost: one that is pressed before the guest listens leaves no trace.
@@ -25,6 +28,9 @@ const (
 	// lookAgain is the pause between two questions while something is waited for.
 	lookAgain = 50 * time.Millisecond
 )
+
+// errAnswers: a monitor that did not answer does now. The caller asks again.
+var errAnswers = errors.New("its monitor answers again")
 
 // power is what Stop and Start remember in memory. The fence itself is in the record.
 type power struct {
@@ -182,7 +188,7 @@ func (h *held) askAgent(ctx context.Context) {
 	if h.machine.AgentSocket == "" {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, stopWait)
+	ctx, cancel := context.WithTimeout(ctx, agentWait)
 	defer cancel()
 	a, err := qmp.DialAgent(ctx, h.machine.AgentSocket)
 	if err == nil {
@@ -255,6 +261,10 @@ func (h *held) gone(ctx context.Context, cause error) error {
 	refused, absent := errors.Is(cause, syscall.ECONNREFUSED), errors.Is(cause, os.ErrNotExist)
 	if !refused && !absent {
 		return unknown(cause, "ask for the guest's state")
+	}
+	h.d.pool.Forget(h.machine.QMPSocket) // the failure may be a remembered one
+	if _, err := h.monitor(ctx); !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, os.ErrNotExist) {
+		return unknown(cmp.Or(err, errAnswers), "ask for the guest's state")
 	}
 	checked := 0
 	for _, k := range h.machine.Disks {
@@ -346,7 +356,7 @@ func (h *held) awaitGone(ctx context.Context, m *qmp.Monitor) error {
 			return nil
 		}
 		if err == nil {
-			err = errors.New("its monitor answers again")
+			err = errAnswers
 		}
 		if waited := pause(ctx, lookAgain); waited != nil {
 			return unknown(errors.Join(err, waited), "wait for QEMU to end")
