@@ -265,7 +265,7 @@ func (w *world) fence(ctx context.Context, r *Replica) error {
 		}
 		var res RewindResult
 		target := points[w.rng.IntN(len(points))]
-		if res, err = r.Rewind(ctx, RewindOptions{Failover: o.Failover, Target: target, Parallel: 1}); err == nil {
+		if res, err = r.Rewind(ctx, RewindOptions{Failover: o.Failover, Target: target, Exact: w.rng.IntN(2) == 0, Parallel: 1}); err == nil {
 			w.check.claims = append(w.check.claims, claim{res.Seq, target})
 			switch {
 			case res.Outcome != Committed:

@@ -22,6 +22,10 @@ type RewindOptions struct {
 	// Target is the ordinal of any base or point in the chain, also one above which a rewind stands: rewinds go back and
 	// forth.
 	Target Ordinal
+	// Exact sets back also what only partials above the target changed, when no other point and no rewind stands above it: for
+	// who goes on from the replica's own disks. It voids their pass and may move as much data as the pass did. Without it the
+	// target is reached then, since points are read by their manifests, and after a cancel the pass goes on.
+	Exact bool
 	// Parallel is how many segments are built at once, each taking up to about 80 MiB of memory (the segment, and small
 	// segments of the journal that are kept); default 2. With 1 no goroutine is started.
 	Parallel int
@@ -37,7 +41,7 @@ type RewindOptions struct {
 // RewindResult of a Rewind that did not fail.
 type RewindResult struct {
 	// Outcome: Committed; AlreadyCommitted when this failover's rewind to the target is the newest content; NothingToDo
-	// when the newest content is the target (or an older failover's rewind to it) anyway.
+	// when the newest point or rewind is the target (or an older failover's rewind to it) anyway.
 	Outcome Outcome
 	// Seq is the manifest whose content is the target's: the rewind, or the target itself.
 	Seq Seq
@@ -52,7 +56,7 @@ type RewindResult struct {
 	Tries int
 }
 
-// Rewind makes the chain's newest content that of an earlier (or later) point: it stores the target's bytes of every
+// Rewind makes an earlier (or later) point the chain's newest state: unless it is that already, it stores the target's bytes of every
 // extent that any manifest above the target changed, and commits them as a rewind exactly on the head they were
 // computed from (rules 6, 16, 17). Afterwards the state ordinal is the target's, running passes are void, and points
 // above stay listed and reachable. A disk the target did not have becomes zeros where it was written since; one that
@@ -103,7 +107,7 @@ func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions) (res RewindR
 	}
 	target, newest := entries[i], entries[i]
 	for _, e := range entries {
-		if e.Seq > newest.Seq && !e.Kind.IsFence() {
+		if e.Seq > newest.Seq && (e.Kind.IsPoint() || e.Kind == KindRewind || e.Kind == KindPartial && o.Exact) {
 			newest = e
 		}
 	}
@@ -139,7 +143,7 @@ func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions) (res RewindR
 	return res, err
 }
 
-// alreadyAt reports whether the newest content is the target's, and fills res then.
+// alreadyAt reports whether the newest state is the target's, and fills res then.
 func (r *Replica) alreadyAt(ctx context.Context, o *RewindOptions, newest Entry, res *RewindResult) (bool, error) {
 	res.Seq = newest.Seq
 	if newest.Seq == res.TargetSeq {

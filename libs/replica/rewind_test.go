@@ -143,13 +143,20 @@ func TestRewind(t *testing.T) {
 }
 
 func TestRewindOfNothing(t *testing.T) {
+	unfinished := fenced(t)
+	require.Equal(t, RewindResult{Outcome: NothingToDo, Seq: 6, TargetSeq: 6, Tries: 1}, unfinished.rewind(unfinished.r, "f", 5), "only a partial is above")
+	exact, err := unfinished.r.Rewind(t.Context(), RewindOptions{Failover: "f", Target: 5, Exact: true})
+	require.NoError(t, err)
+	require.Equal(t, Committed, exact.Outcome)
+	require.Equal(t, int64(blockSize), exact.SetBack)
+	unfinished.wantAt(exact.Seq, at5)
 	g := begun(t)
 	g.close("f")
 	res := g.rewind(g.r, "f", 3)
 	require.Equal(t, RewindResult{Outcome: NothingToDo, Seq: 4, TargetSeq: 4, Tries: 1}, res)
 	require.Equal(t, "nothing to do", res.Outcome.String())
 	rewound := g.rewind(g.r, "f", 2)
-	_, err := g.r.ReopenLineage(t.Context(), ReopenOptions{FenceOptions: FenceOptions{Failover: "f"}})
+	_, err = g.r.ReopenLineage(t.Context(), ReopenOptions{FenceOptions: FenceOptions{Failover: "f"}})
 	require.NoError(t, err)
 	g.close("f2")
 	res = g.rewind(g.r, "f2", 2)

@@ -122,7 +122,7 @@ const (
 	Committed Outcome = iota + 1
 	// AlreadyCommitted: the ordinal (or pass task, or fence, or rewind) was in the chain; nothing was written.
 	AlreadyCommitted
-	// NothingToDo: the chain's newest content is the rewind's target without it; nothing was written.
+	// NothingToDo: the chain's newest state is the rewind's target without it; nothing was written.
 	NothingToDo
 )
 
