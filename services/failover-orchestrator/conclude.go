@@ -124,6 +124,13 @@ func (c *fencing) reopen() step {
 			detail = "; the newest point cannot be restored, the source will be compared"
 			res, err = c.r.ReopenLineage(ctx, replica.ReopenOptions{FenceOptions: who})
 		}
+		if errors.Is(err, replica.ErrNotFenced) { // a twin was faster
+			if state, serr := c.r.Refresh(ctx); serr == nil {
+				if _, opened := state.FenceSeqs(id); opened != 0 {
+					res.Seq, res.Epoch, err = opened, state.Epoch, nil
+				}
+			}
+		}
 		if err != nil {
 			return nil, "", closeError(err, "open the lineage")
 		}

@@ -165,8 +165,8 @@ func (c *copying) steps() []step {
 // another instance works on it: that is an error, and nothing is written.
 func (s *Service) keep(ctx context.Context, f *failoverv1.Failover, change func(*failoverv1.Failover)) error {
 	_, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
-		if r.State != f.State || r.Phase != f.Phase || jobOf(r) != jobOf(f) || r.Job != f.Job {
-			return final{fmt.Errorf("failover %s was taken over by another instance", lastPart(f.Name))}
+		if elsewhere(r, f, true) {
+			return takenOver(f)
 		}
 		change(r)
 		return nil

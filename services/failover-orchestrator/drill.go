@@ -93,7 +93,7 @@ func (s *Service) settle(ctx context.Context, f *failoverv1.Failover, e ending) 
 		})
 		if err == nil {
 			_, _, err = s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
-				if r.State != f.State {
+				if r.State != f.State || ready && r.Error != nil {
 					return bus.NoChange // another instance was faster
 				}
 				r.State, r.Error = e.state, errcat.Detail(e.cause, s.deps.Clock())

@@ -3,11 +3,13 @@ package failoverorchestrator
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/landfall-dr/landfall/libs/bus"
@@ -137,6 +139,11 @@ func (s *Service) bringUp(ctx context.Context, f *failoverv1.Failover) ([]string
 	if err := s.perform(ctx, f.Job, c.j, append(first, fence.close(), fence.choose())...); err != nil {
 		return nil, err
 	}
+	if f.Point == 0 { // chosen by an instance that worked on it since the record was read
+		if err := s.reread(ctx, f); err != nil {
+			return nil, err
+		}
+	}
 	group, both := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.perform(both, f.Job, c.j, c.steps()...) })
 	group.Go(func() error { return s.perform(both, f.Job, c.j, fence.rewind(), fence.drain()) })
@@ -177,6 +184,9 @@ func (s *Service) rest(ctx context.Context, f *failoverv1.Failover, e resting) {
 
 // restOnce returns the record as it moved; nil when another instance was faster.
 func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e resting) (moved *failoverv1.Failover, err error) {
+	if r, _, err := s.failovers.Get(ctx, failoverKey(f.Name)); err != nil || elsewhere(r, f, e.cause == nil) {
+		return nil, err
+	}
 	err = s.endJob(ctx, e.job, e.cause, func(j *typesv1.Job) {
 		if e.job == f.Job && (e.phase == waitingCommit || f.Boot != nil) {
 			j.Result = &typesv1.Job_Failover{Failover: &typesv1.FailoverDetail{
@@ -192,7 +202,7 @@ func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e restin
 	}
 	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
 		moved = nil
-		if r.Phase != f.Phase || jobOf(r) != jobOf(f) {
+		if elsewhere(r, f, e.cause == nil) {
 			return bus.NoChange
 		}
 		moved = r
@@ -211,6 +221,30 @@ func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e restin
 		return nil, err
 	}
 	return r, nil
+}
+
+// elsewhere says whether another instance has moved the record of a failover since f was read: then this one has no say any
+// more. One that was given up cannot succeed: what it made is being removed.
+func elsewhere(r, f *failoverv1.Failover, succeeds bool) bool {
+	return r.State != f.State || r.Phase != f.Phase || jobOf(r) != jobOf(f) || r.Job != f.Job || succeeds && r.Error != nil && f.Error == nil
+}
+
+// reread brings f up to date with its record.
+func (s *Service) reread(ctx context.Context, f *failoverv1.Failover) error {
+	r, _, err := s.failovers.Get(ctx, failoverKey(f.Name))
+	if err != nil {
+		return storeError(err)
+	}
+	if elsewhere(r, f, true) {
+		return takenOver(f)
+	}
+	proto.Reset(f)
+	proto.Merge(f, r)
+	return nil
+}
+
+func takenOver(f *failoverv1.Failover) error {
+	return final{fmt.Errorf("failover %s was taken over by another instance", lastPart(f.Name))}
 }
 
 // turnBack goes from bringing up to cancelling: somebody asked, and every instruction of the steps is a safe point.

@@ -128,6 +128,14 @@ func takeOver(out string, point *failoverv1.PointSelector) *failoverv1.StartFail
 func (g *rig) failOver(r *failoverv1.StartFailoverRequest) *typesv1.Job {
 	g.t.Helper()
 	out, err := g.client.StartFailover(testkit.Context(g.t), r)
+	if err != nil {
+		kv, _ := bus.OpenKV[*failoverv1.Failover](testkit.Context(g.t), g.bus, bus.BucketFailovers)
+		all, _ := kv.List(testkit.Context(g.t), "")
+		for _, e := range all {
+			v, rev, err := kv.Get(testkit.Context(g.t), e.Key)
+			g.t.Logf("DIAG list %d %s %s %s; get %d %s %v", e.Revision, e.Time, e.Key, e.Value.Phase, rev, v.GetPhase(), err)
+		}
+	}
 	require.NoError(g.t, err)
 	require.NotNil(g.t, out.Job)
 	return out.Job
@@ -355,4 +363,12 @@ func (g *rig) steps(name string) (out []string) {
 		out = append(out, s.Id+" "+s.State.String()[len("JOB_STATE_"):])
 	}
 	return out
+}
+
+// vm is the VM's record.
+func (g *rig) vm() *schedulerv1.ProtectedVm {
+	g.t.Helper()
+	vm, _, err := g.vms.Get(testkit.Context(g.t), bus.Key("lab", vmID))
+	require.NoError(g.t, err)
+	return vm
 }
