@@ -82,6 +82,9 @@ func (t *Target) up(ctx context.Context, f *vhdtarget.Folder, p target.Plan, l l
 
 // start starts the machine, unless somebody else has the lock.
 func (t *Target) start(ctx context.Context, f *vhdtarget.Folder, p target.Plan, l layout, fw firmware) (time.Time, error) {
+	if err := f.Require(); err != nil {
+		return time.Time{}, err
+	}
 	lock, err := tryLock(p.Dir)
 	if errors.Is(err, errHeld) {
 		return time.Time{}, err
@@ -97,7 +100,7 @@ func (t *Target) start(ctx context.Context, f *vhdtarget.Folder, p target.Plan, 
 	if err != nil {
 		return time.Time{}, err
 	}
-	if err := t.prepare(ctx, f, p, l, fw); err != nil {
+	if err := t.prepare(ctx, lock, f, p, l, fw); err != nil {
 		return time.Time{}, err
 	}
 	started := t.now()

@@ -203,6 +203,19 @@ func TestLosesTraces(t *testing.T) {
 	}
 }
 
+// A folder that was taken away does not leave its machine behind.
+func TestFolderTakenAway(t *testing.T) {
+	t.Parallel()
+	q, p := made(t, config(), filepath.Join(t.TempDir(), "drill"), nil)
+	_, err := q.Boot(bounded(t), p, nil)
+	require.NoError(t, err)
+	require.NoError(t, os.RemoveAll(p.Dir))
+	detail, err := q.Remove(bounded(t), p, false)
+	require.NoError(t, err)
+	require.Contains(t, detail, "no folder")
+	require.Empty(t, processes(identity(p)))
+}
+
 // QEMU itself refuses to write an overlay that another one has open: the last line of defence.
 func TestImagesAreLocked(t *testing.T) {
 	t.Parallel()

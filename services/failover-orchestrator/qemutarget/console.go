@@ -124,14 +124,20 @@ func tail(text string, limit int) string {
 // lastLine is the last line of a text.
 func lastLine(text string) string { return text[strings.LastIndexByte(text, '\n')+1:] }
 
-// complaint is what QEMU last wrote to its log, as a clause of an error.
+// complaint is what QEMU last wrote to its log, without warnings, as a clause of an error.
 func complaint(path string) string {
 	raw, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Sprintf("its log cannot be read: %v", err)
 	}
-	if text := tail(plain(raw), 1000); text != "" {
-		return strings.ReplaceAll(text, "\n", "; ")
+	var lines []string
+	for line := range strings.SplitSeq(tail(plain(raw), 1000), "\n") {
+		if line != "" && !strings.Contains(line, ": warning: ") {
+			lines = append(lines, line)
+		}
 	}
-	return "it said nothing"
+	if len(lines) == 0 {
+		return "it said nothing"
+	}
+	return strings.Join(lines, "; ")
 }

@@ -191,10 +191,7 @@ func (l layout) arguments(c Config, p target.Plan, fw firmware) []string {
 		if generation1 && i < ideDisks {
 			device = fmt.Sprintf("ide-hd,drive=%s,id=dev-%s,bus=ide.%d,unit=%d,serial=%.20s", node, node, i/2, i%2, d.GetId())
 		}
-		if d.GetId() == l.osDisk {
-			device += ",bootindex=1"
-		}
-		args = append(args, "-device", device)
+		args = append(args, "-device", device+fmt.Sprintf(",bootindex=%d", l.bootIndex(i)))
 	}
 	for i, mac := range l.nics {
 		backend := fmt.Sprintf("hubport,id=net%d,hubid=%d", i, i)
@@ -208,6 +205,14 @@ func (l layout) arguments(c Config, p target.Plan, fw firmware) []string {
 		args = append(args, "-netdev", backend, "-device", device)
 	}
 	return args
+}
+
+// bootIndex is the order in which firmware tries the disks: the machine's OS disk, then the others as they come.
+func (l layout) bootIndex(i int) int {
+	if l.disks[i].GetId() == l.osDisk {
+		return 1
+	}
+	return i + 2
 }
 
 // escape makes a value safe inside an option list, where a comma ends a value.

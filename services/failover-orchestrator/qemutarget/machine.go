@@ -194,9 +194,12 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// run runs a program that ends by itself and answers its complaint.
-func run(ctx context.Context, program string, args ...string) error {
-	out, err := exec.CommandContext(ctx, program, args...).CombinedOutput()
+// run runs a program that ends by itself and answers its complaint. It keeps the lock as long as it runs: when this
+// process is killed, the next one waits until nobody writes what it would write.
+func run(ctx context.Context, lock *os.File, program string, args ...string) error {
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.ExtraFiles = []*os.File{lock}
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		if ctx.Err() != nil {
 			return ctx.Err()

@@ -43,12 +43,12 @@ func readState(dir string) (s state, err error) {
 
 // prepare makes what the machine needs beside its VHDs, unless it is there: it may hold what the guest wrote. The
 // caller has the folder's lock.
-func (t *Target) prepare(ctx context.Context, f *vhdtarget.Folder, p target.Plan, l layout, fw firmware) error {
+func (t *Target) prepare(ctx context.Context, lock *os.File, f *vhdtarget.Folder, p target.Plan, l layout, fw firmware) error {
 	if len(l.disks) == 0 {
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "the machine has no disks")
 	}
 	for _, d := range l.disks {
-		if err := t.overlay(ctx, f, p.Dir, d.GetId()); err != nil {
+		if err := t.overlay(ctx, lock, f, p.Dir, d.GetId()); err != nil {
 			return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "make the overlay of disk %s", d.GetId())
 		}
 	}
@@ -75,7 +75,7 @@ func (t *Target) prepare(ctx context.Context, f *vhdtarget.Folder, p target.Plan
 }
 
 // overlay makes a disk's overlay under its final name, whole and durable, or leaves the one that is there.
-func (t *Target) overlay(ctx context.Context, f *vhdtarget.Folder, dir, disk string) error {
+func (t *Target) overlay(ctx context.Context, lock *os.File, f *vhdtarget.Folder, dir, disk string) error {
 	name := OverlayFile(disk)
 	if regular(filepath.Join(dir, name)) {
 		return nil
@@ -90,7 +90,7 @@ func (t *Target) overlay(ctx context.Context, f *vhdtarget.Folder, dir, disk str
 	}
 	temp := filepath.Join(dir, vhdtarget.Partial(name))
 	// The format must be named: a fixed VHD looks like a raw disk that is 512 bytes too long.
-	if err := run(ctx, program, "create", "-q", "-f", "qcow2", "-F", "vpc", "-b", vhdtarget.DiskFile(disk), temp); err != nil {
+	if err := run(ctx, lock, program, "create", "-q", "-f", "qcow2", "-F", "vpc", "-b", vhdtarget.DiskFile(disk), temp); err != nil {
 		return err
 	}
 	size, err := finishOverlay(temp)

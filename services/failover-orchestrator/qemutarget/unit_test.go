@@ -78,7 +78,8 @@ func TestArguments(t *testing.T) {
 	require.Contains(t, line, "ide-hd,drive=disk3,id=dev-disk3,bus=ide.1,unit=1,serial=d2")
 	require.Contains(t, line, "virtio-blk-pci,drive=disk4", "the controller has four places")
 	require.Contains(t, line, "path=/drills/a,,b/console.log")
-	require.Equal(t, 1, strings.Count(line, "bootindex"))
+	require.Contains(t, line, "bootindex=3")
+	require.Equal(t, 6, strings.Count(line, "bootindex"))
 	l.network = failoverv1.TargetNetwork_TARGET_NETWORK_USER
 	line = strings.Join(l.arguments(Default(), p, firmware{}), " ")
 	require.Contains(t, line, "-netdev user,id=net0 ")
