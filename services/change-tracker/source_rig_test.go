@@ -70,13 +70,18 @@ func (h *hypervisor) uri() string {
 // start runs QEMU; debug goes between the file and the format.
 func (h *hypervisor) start(debug ...string) {
 	h.t.Helper()
-	args := []string{
-		"--blockdev", "driver=file,node-name=f,filename=" + h.image,
-		"--blockdev", "driver=blkdebug,node-name=g,image=f" + strings.Join(append([]string{""}, debug...), ","),
+	h.run(
+		"--blockdev", "driver=file,node-name=f,filename="+h.image,
+		"--blockdev", "driver=blkdebug,node-name=g,image=f"+strings.Join(append([]string{""}, debug...), ","),
 		"--blockdev", "driver=qcow2,node-name=os,file=g",
-		"--nbd-server", "addr.type=unix,addr.path=" + h.socket(),
+		"--nbd-server", "addr.type=unix,addr.path="+h.socket(),
 		"--export", "type=nbd,id=os,node-name=os,name=os,bitmaps.0=landfall-1",
-	}
+	)
+}
+
+// run runs QEMU until kill, or until the test ends.
+func (h *hypervisor) run(args ...string) {
+	h.t.Helper()
 	path, err := exec.LookPath("qemu-storage-daemon")
 	if err != nil {
 		tool(h.t, "qemu-storage-daemon") // skips, or fails in CI

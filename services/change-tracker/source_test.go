@@ -1,6 +1,7 @@
 package changetracker
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/nbd"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -324,5 +327,50 @@ func TestSourceRecordAgainstDeath(t *testing.T) {
 		if !died {
 			return
 		}
+	}
+}
+
+// The real filter: a point is read from its frozen copy while the guest writes. When the copy cannot be kept, the guest's
+// write succeeds and the reader hears of it.
+func TestSourceOfABrokenSnapshot(t *testing.T) {
+	for _, broken := range []bool{false, true} {
+		t.Run(fmt.Sprintf("broken=%t", broken), func(t *testing.T) {
+			qemu := newHypervisor(t)
+			scratch := qemu.dir + "/scratch"
+			tool(t, "qemu-img", "create", "-q", "-f", "raw", scratch, fmt.Sprint(guestSize))
+			target := "driver=blkdebug,node-name=tmp,image.driver=file,image.filename=" + scratch
+			if broken {
+				target += ",inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28"
+			}
+			qemu.run(
+				"--blockdev", "driver=file,node-name=f,filename="+qemu.image,
+				"--blockdev", "driver=qcow2,node-name=data,file=f",
+				"--blockdev", target,
+				"--blockdev", "driver=copy-before-write,node-name=cbw,file=data,target=tmp,on-cbw-error=break-snapshot,cbw-timeout=10",
+				"--blockdev", "driver=snapshot-access,node-name=acc,file=cbw",
+				"--nbd-server", "addr.type=unix,addr.path="+qemu.socket(),
+				"--export", "type=nbd,id=os,node-name=acc,name=os,bitmaps.0.node=data,bitmaps.0.name=landfall-1",
+				"--export", "type=nbd,id=guest,node-name=cbw,name=guest,writable=on",
+			)
+			h := newBareHost(t)
+			_, err := h.attachSource(pointOf(7, 1, qemu.disk()))
+			require.NoError(t, err)
+			list, err := h.sourceChanges(7, 0)
+			require.NoError(t, err)
+			covers(t, qemu.content, list, qemu.dirty...)
+
+			guest, err := nbd.Dial(testkit.Context(t), strings.Replace(qemu.uri(), "/os?", "/guest?", 1))
+			require.NoError(t, err)
+			require.NoError(t, guest.WriteAt(testkit.Context(t), bytes.Repeat([]byte{0xff}, 1<<20), 5<<20, false))
+			require.NoError(t, guest.Close())
+
+			list, err = h.sourceChanges(7, 0)
+			if broken {
+				is(t, err, typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN)
+				return
+			}
+			require.NoError(t, err)
+			covers(t, qemu.content, list, qemu.dirty...)
+		})
 	}
 }
