@@ -85,6 +85,9 @@ func TestBootModes(t *testing.T) {
 	} {
 		t.Run(mode.String(), func(t *testing.T) {
 			t.Parallel()
+			if _, err := config().firmware(); mode == failoverv1.BootMode_BOOT_MODE_UEFI && err != nil && os.Getenv("CI") != "true" {
+				t.Skip(err)
+			}
 			q, p := made(t, config(), filepath.Join(t.TempDir(), "drill"), func(p *target.Plan) {
 				p.Qemu.Boot = mode
 				p.Qemu.Network = failoverv1.TargetNetwork_TARGET_NETWORK_USER
