@@ -1,21 +1,33 @@
 // Package failoverorchestrator brings protected machines up on a recovery
-// target.
+// target: for a test, planned, or because their site is lost.
 //
 // It owns the failover records (bucket "failovers"), the jobs that run them,
-// and in storage the step journal of each failover (container lff-<lineage>).
-// It reads the replica and never changes it, and never writes the VM's record.
-// This version has test failovers to target "vhd": one fixed VHD per disk and
-// vm.json in a folder.
+// and in storage the step journal of each failover (container lff-<lineage>)
+// and the close, rewind and open manifests. It reads the VMs' records and never
+// writes them, and never calls a host: the scheduler follows a failover's record
+// and does the source's part. Recovery targets are packages behind
+// target.Target.
 //
 // Invariants:
 //  1. A test failover changes nothing in the journal or the replica.
 //  2. What a failover made is written in the folder's marker before it is
-//     made; clean-up removes exactly that. A folder with another marker, or
-//     with files and no marker, is never touched.
+//     made; clean-up removes exactly that, and only from the machine that made
+//     it. A folder with another marker, or with files and no marker, is never
+//     touched.
 //  3. A file has its final name only when all its bytes are durable.
 //  4. Every step may be killed at any instruction and is repeated from its
 //     start by whoever holds the lease next; a step that is in the journal is
 //     not repeated.
+//  5. Nothing of a planned or unplanned failover is written to its target's
+//     disks before its close is in the chain, and its lineage is opened only
+//     when its machine is off and its copy gone: there are never two of one
+//     machine because of Landfall.
+//  6. Whether a failover may ever close its lineage is decided once, in storage
+//     (docs/formats/failover-journal.md, the fate): one that was cancelled never
+//     does, whoever still works on it.
+//  7. A lineage is closed under one failover's id. One that failed after its
+//     close is started again under the same id, or cancelled; none takes its place.
 //
-// Events out: test-failover.changed, job.changed. Events in: none.
+// Events out: test-failover.changed, failover.changed, job.changed. Events in:
+// none.
 package failoverorchestrator

@@ -212,6 +212,34 @@ func TestSchedulerRefuses(t *testing.T) {
 	require.Equal(t, phaseCancelled, old.Failover.Phase)
 }
 
+// A disaster waits for nobody: an unplanned failover takes the place of a planned one whose source does not stop, and it
+// begins while the scheduler still follows one that is over.
+func TestUnplannedAfterPlanned(t *testing.T) {
+	g, m := bootRig(t)
+	src := g.follow()
+	src.set(func(s *source) { s.hold = schedulerv1.FailoverStage_FAILOVER_STAGE_STOPPING_SOURCE })
+	g.start(g.store, true)
+	g.failOver(takeOver(filepath.Join(t.TempDir(), "up"), nil))
+	testkit.Eventually(t, 10*time.Second, func() bool {
+		return g.vm().GetFailover().GetStage() == schedulerv1.FailoverStage_FAILOVER_STAGE_STOPPING_SOURCE
+	})
+	g.refusedFailover(takeOver(filepath.Join(t.TempDir(), "up"), latest()), typesv1.ErrorReason_ERROR_REASON_FAILOVER_ACTIVE)
+	g.cancelFailover()
+	g.awaitPhase(phaseCancelled)
+	testkit.Eventually(t, 10*time.Second, func() bool { return g.vm().State == typesv1.ProtectionState_PROTECTION_STATE_PROTECTED })
+	for _, state := range []typesv1.ProtectionState{
+		typesv1.ProtectionState_PROTECTION_STATE_PLANNED_FAILOVER_IN_PROGRESS, typesv1.ProtectionState_PROTECTION_STATE_CANCELLING_FAILOVER,
+	} {
+		g.setState(state)
+		g.refusedFailover(takeOver(filepath.Join(t.TempDir(), "up"), nil), typesv1.ErrorReason_ERROR_REASON_INVALID_STATE)
+		g.failOver(takeOver(filepath.Join(t.TempDir(), "up"), latest()))
+		g.requireUp(g.awaitPhase(phaseUp), m, 4)
+		g.cancelFailover()
+		g.awaitPhase(phaseCancelled)
+		testkit.Eventually(t, 10*time.Second, func() bool { return g.vm().State == typesv1.ProtectionState_PROTECTION_STATE_PROTECTED })
+	}
+}
+
 // While the source is being stopped the job says how far that is, and a cancellation is heard at once; the lineage is
 // never closed then, and the source may run.
 func TestCancelBeforeTheClose(t *testing.T) {

@@ -29,6 +29,24 @@ var startable = map[failoverv1.FailoverKind][]typesv1.ProtectionState{
 	},
 }
 
+// following are the states in which a VM's record follows a failover. When that one is over, or failed before it closed the
+// lineage, and the record is still there, then the scheduler is dead or waits for a host: a disaster does not wait for
+// either.
+var following = []typesv1.ProtectionState{
+	typesv1.ProtectionState_PROTECTION_STATE_PLANNED_FAILOVER_IN_PROGRESS, typesv1.ProtectionState_PROTECTION_STATE_UNPLANNED_FAILOVER_IN_PROGRESS,
+	typesv1.ProtectionState_PROTECTION_STATE_FAILOVER_FAILED, typesv1.ProtectionState_PROTECTION_STATE_FAILED_OVER,
+	typesv1.ProtectionState_PROTECTION_STATE_CANCELLING_FAILOVER,
+}
+
+// legal says whether a failover of a kind may begin, as far as the VM's state goes. all are its failovers, newest first.
+func legal(kind failoverv1.FailoverKind, state typesv1.ProtectionState, all []*failoverv1.Failover) bool {
+	if slices.Contains(startable[kind], state) {
+		return true
+	}
+	return kind == failoverv1.FailoverKind_FAILOVER_KIND_UNPLANNED && slices.Contains(following, state) &&
+		len(all) > 0 && (all[0].Phase == cancelled || all[0].Phase == failed)
+}
+
 // StartFailover implements the contract.
 func (h *server) StartFailover(ctx context.Context, r *failoverv1.StartFailoverRequest) (*failoverv1.StartFailoverResponse, error) {
 	t, err := h.s.target(r.Target)
@@ -140,14 +158,14 @@ func (b *beginning) judge(ctx context.Context, all []*failoverv1.Failover) error
 	if err != nil {
 		return chainError(err, "read the chain of %s", vm.DisplayName)
 	}
-	legal := slices.Contains(startable[r.Kind], vm.State)
+	allowed := legal(r.Kind, vm.State, all)
 	for _, o := range all {
 		if over(o) {
 			continue
 		}
 		closed, _ := state.FenceSeqs(lastPart(o.Name))
 		switch {
-		case o.Phase != failed, len(o.Files) > 0, closed != 0 && o.Kind != r.Kind, closed == 0 && !legal:
+		case o.Phase != failed, len(o.Files) > 0, closed != 0 && r.Kind == failoverv1.FailoverKind_FAILOVER_KIND_PLANNED && !planned(o), closed == 0 && !allowed:
 			return failoverActive(vm.DisplayName, o)
 		case closed != 0:
 			b.again = o
@@ -156,7 +174,7 @@ func (b *beginning) judge(ctx context.Context, all []*failoverv1.Failover) error
 		}
 	}
 	switch {
-	case b.again == nil && !legal:
+	case b.again == nil && !allowed:
 		return illegal("a "+word(r.Kind.String(), "FAILOVER_KIND_")+" failover", vm)
 	case b.again == nil && state.Closed():
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED, "the lineage of %s is closed by %s", vm.DisplayName, state.Fence.Failover)
