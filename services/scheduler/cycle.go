@@ -175,6 +175,7 @@ func (v *vmRun) cut(ctx context.Context) (next, error) {
 		rec.Cycle.Base, rec.Cycle.Consistency, rec.Cycle.ChangeBytes = resp.GetPoint().GetBase(), resp.GetConsistency(), bytes
 		if resp.GetMachine() != nil {
 			rec.Machine = resp.GetMachine()
+			rec.Machine.Fence = "" // of the source now, not of what is recovered from the point
 		}
 		if degraded != nil {
 			rec.AppConsistencyError = degraded

@@ -32,9 +32,54 @@
 //	record COMMITTING, settle      phase COMMITTING            SettlePoint again: idempotent; apply task again, same id
 //	epoch raised, ABANDONING       phase ABANDONING            SettlePoint(ABANDONED) again
 //
+// # Failovers
+//
+// The failover-orchestrator owns the record of a failover (bucket "failovers") and the fences in storage; it never calls a
+// host. This service watches the bucket and walks the VM's state along the rows of the state machine until it agrees with
+// the failover's phase (follow.go). It is level-triggered: a scheduler that was dead during the whole failover, or several,
+// comes to the same end, and none of it can hold an unplanned failover up, because storage is the lock.
+//
+//	phase                       state of the VM
+//	STARTING                    PlannedFailoverInProgress or UnplannedFailoverInProgress; after FailoverFailed: again
+//	WAITING_COMMIT              FailedOver; from Committing: CommitFailed
+//	COMMITTING, COMMITTED       Committing, Committed
+//	FAILED                      FailoverFailed; not followed if it was never seen before and closed nothing
+//	CANCELLING, CANCEL_FAILED   CancellingFailover
+//	CANCELLED                   CancellingFailover until the source was started, then: before the close the state from
+//	                            before, after the open Protected; ResyncRequired if the host needs it. Not followed if it
+//	                            was never seen before.
+//
+// A failover that is not legal is refused once, in ProtectedVm.failover, and the state does not move.
+//
+// Invariants:
+//
+//   - An unplanned failover gives up what is in hand in the write that enters it, with the epoch raised, and without the host.
+//   - stop_time is written before the host hears of a stop. Without it the host holds no fence, and a cancellation does not
+//     start a machine that it never stopped.
+//   - Cycles of SENDING_LAST_POINT begin after the host said OFF, so whichever of them commits is the last point; the write that
+//     closes its cycle says READY_TO_CLOSE.
+//   - A machine is released only once it is off and the close is in the chain; it is started only when no close stands above.
+//   - The source of a VM that was failed over is asked again and again to stop, never forced, and the VM is critical until its
+//     host says OFF. Ending protection asks once more, and neither lifts a fence nor starts a machine: the fence stays
+//     until a person lifts it on the host.
+//   - A cancellation after the close needs no comparison just because the source ran: nothing of the recovered machine is in
+//     the chain, and the host tracked every write since its base. If that base is not above the chain's state, the next delta is
+//     right (protocol rules 3, 5 and 6). A host that lost track, or holds no base, is compared.
+//
+// # Interruptions of a planned failover
+//
+//	killed after                   found at restart             next step
+//	record QUIESCING               cycle or pass in hand        to its end, by its own rules
+//	record STOPPING_SOURCE         guest may or may not be off  StopMachine again: idempotent
+//	OFF                            stage STOPPING_SOURCE        the same
+//	record SENDING_LAST_POINT      no cycle, or one             a cycle's rules above
+//	settle of the last point       COMMITTING                   settle again; the write says READY_TO_CLOSE
+//	record READY_TO_CLOSE          close in the chain or not    wait for it, then CLOSED
+//	record CLOSED                  released or not              settle what is open, ReleaseMachine again: idempotent
+//
 // # Events
 //
 // In: recovery-point.received, recovery-point.processed, pass-task.shipped, ship.failed, parked.*. Out:
-// protection-state.changed, health.changed, recovery-point.abandoned, replication-cycle.missed, resync.became-required,
-// job.changed.
+// protection-state.changed, health.changed, recovery-point.abandoned, recovery-point.application-consistency-missed,
+// replication-cycle.missed, resync.became-required, job.changed.
 package scheduler

@@ -678,3 +678,41 @@ func TestUnplannedFailoverWithAPointOnItsWay(t *testing.T) {
 	l.Workers.Hook(nil)
 	l.goesOn(scheduler.Protected)
 }
+
+// Of two that began at once the orchestrator takes one record away again; the VM follows the one that stays.
+func TestFailoverThatLostAgainstAnother(t *testing.T) {
+	t.Parallel()
+	l := protectedLab(t)
+	g := l.StartFailover(l.host, "f2", unplanned)
+	l.awaitFenced()
+	f := l.StartFailover(l.host, "f3", unplanned)
+	g.Delete()
+	vm := l.await("the other", func(vm *schedulerv1.ProtectedVm) bool { return vm.GetFailover().GetFailover() == f.Name() })
+	require.Equal(t, scheduler.Protected, vm.GetFailover().GetFrom())
+	l.awaitFenced()
+	f.CloseAndSay()
+	f.Phase(waiting)
+	l.awaitState(scheduler.FailedOver)
+}
+
+// Protection of a VM that was committed and never seen off ends: the host is asked once more, the job says what is known,
+// and the machine is not started.
+func TestDisableOfAnUnfencedVM(t *testing.T) {
+	t.Parallel()
+	l := protectedLab(t)
+	l.host.Stubborn(true)
+	f := l.StartFailover(l.host, "f1", unplanned)
+	l.awaitState(scheduler.UnplannedFailoverInProgress)
+	f.CloseAndSay()
+	f.Phase(committed_)
+	l.awaitState(scheduler.Committed)
+	resp, err := l.protection.DisableProtection(testkit.Context(t), &schedulerv1.DisableProtectionRequest{Vm: "web01"})
+	require.NoError(t, err)
+	testkit.Eventually(t, patien, func() bool { return l.vm() == nil })
+	job, err := l.jobs.GetJob(testkit.Context(t), &schedulerv1.GetJobRequest{Name: resp.GetJob().GetName()})
+	require.NoError(t, err)
+	require.Contains(t, job.GetJob().GetSteps()[0].GetDetail(), "NOT")
+	_, fence, _ := l.host.Power()
+	require.Equal(t, f.Name(), fence)
+	require.Zero(t, l.host.Calls("StartMachine"))
+}

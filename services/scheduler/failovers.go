@@ -73,6 +73,18 @@ func (f *failovers) of(vm, lineage string) []*failoverv1.Failover {
 	return out
 }
 
+// elsewhere reports whether a failover is one of another protection of the VM: its fence is not this one's to touch.
+func (f *failovers) elsewhere(vm, lineage, name string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, rec := range f.vms[vm] {
+		if rec.GetName() == name && rec.GetLineage() != lineage {
+			return true
+		}
+	}
+	return false
+}
+
 // takesOver tells failovers that a VM's record follows from drills.
 func takesOver(f *failoverv1.Failover) bool {
 	return f.GetKind() == failoverv1.FailoverKind_FAILOVER_KIND_PLANNED || f.GetKind() == failoverv1.FailoverKind_FAILOVER_KIND_UNPLANNED

@@ -156,25 +156,28 @@ func (v *vmRun) fenceNames() []string {
 	return names
 }
 
-// asFailover makes a call to the host under the name that holds the fence.
+// asFailover makes a call to the host under the name that holds the fence. That may be a failover whose record is gone:
+// the host knows its name.
 func (v *vmRun) asFailover(ctx context.Context, do func(ctx context.Context, host hostproviderv1.HostServiceClient, failover string) error) error {
+	ctx, cancel := context.WithTimeout(ctx, v.cfg.FenceTimeout)
+	defer cancel()
+	host, err := v.hostClient(ctx)
+	if err != nil {
+		return err
+	}
 	var first error
 	for _, name := range v.fenceNames() {
-		err := func() error {
-			ctx, cancel := context.WithTimeout(ctx, v.cfg.FenceTimeout)
-			defer cancel()
-			host, err := v.hostClient(ctx)
-			if err != nil {
-				return err
-			}
-			return do(ctx, host, name)
-		}()
+		err := do(ctx, host, name)
 		if !errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_MACHINE_FENCED) {
 			return err
 		}
 		if first == nil {
 			first = err
 		}
+	}
+	resp, err := host.GetMachine(ctx, &hostproviderv1.GetMachineRequest{Vm: v.vmID()})
+	if holder := resp.GetMachine().GetFence(); err == nil && holder != "" && !v.followed.elsewhere(v.rec.GetName(), v.rec.GetLineage(), holder) {
+		return do(ctx, host, holder)
 	}
 	return first
 }

@@ -35,24 +35,26 @@ func (v *vmRun) followFailover(ctx context.Context) (n next, took bool, err erro
 		}
 		return v.forgetRefusal(ctx)
 	}
-	if f == nil { // its record is not there: nothing moves, and the source stays off
-		n, err = v.keepFenced(ctx, nil)
-		return n, true, err
+	if f == nil {
+		if v.rec.GetFailover().GetStage() == stageClosed && v.rec.GetState() != CancellingFailover {
+			n, err = v.keepFenced(ctx, nil) // its record is gone: nothing moves, and the source stays off
+			return n, true, err
+		}
+		// A record that is gone before its close is one that lost against another: it is over, and has no right to close.
+		f = &failoverv1.Failover{Name: v.rec.GetFailover().GetFailover(), Phase: phaseCancelled}
 	}
 	n, err = v.walk(ctx, f)
 	return n, true, err
 }
 
-// failoverInHand is the failover that the record follows, or the newest that calls for it.
+// failoverInHand is the failover that the record follows, or the oldest that calls for it: of two that began at once the
+// orchestrator lets the older one go on. It is nil when there is none, and when the record of the present one is gone.
 func (v *vmRun) failoverInHand() *failoverv1.Failover {
 	all := v.followed.of(v.rec.GetName(), v.rec.GetLineage())
 	name := v.rec.GetFailover().GetFailover()
 	if !duringFailover[v.rec.GetState()] {
-		for _, f := range all {
-			if calls(f) {
-				if f.GetName() == name { // refused, and that is final, or committed and on its way out
-					return nil
-				}
+		for _, f := range slices.Backward(all) {
+			if calls(f) && f.GetName() != name { // the same one: refused, which is final, or committed and on its way out
 				return f
 			}
 		}
@@ -63,7 +65,7 @@ func (v *vmRun) failoverInHand() *failoverv1.Failover {
 		i = len(all)
 	}
 	for _, g := range all[:i] { // newer ones: another try
-		if calls(g) && v.mayReplace(g, i < len(all) && all[i].GetPhase() == phaseCancelled) {
+		if calls(g) && v.mayReplace(g, i == len(all) || all[i].GetPhase() == phaseCancelled) {
 			return g
 		}
 	}

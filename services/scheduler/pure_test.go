@@ -136,8 +136,54 @@ func TestHealth(t *testing.T) {
 		require.Equal(t, c.reason, reasons[0].GetReason(), c.name)
 		require.NotEmpty(t, reasons[0].GetWhat(), c.name)
 	}
+	// A source that may run beside the recovered machine is critical whatever the state, until its host says that it is off.
+	for _, s := range []State{UnplannedFailoverInProgress, FailoverFailed, FailedOver, Committing, CommitFailed, Committed, Disabling} {
+		vm := at(s, time.Second, 0)
+		vm.Failover = &schedulerv1.FailoverProgress{Failover: "failovers/f1", Stage: schedulerv1.FailoverStage_FAILOVER_STAGE_CLOSED}
+		got, reasons := Assess(vm, policy, Cycles{}, noon)
+		require.Equal(t, critical, got, StateName(s))
+		require.Equal(t, HealthNotFenced, reasons[0].GetReason(), StateName(s))
+		vm.Failover.SourceFenced = true
+		_, reasons = Assess(vm, policy, Cycles{}, noon)
+		for _, r := range reasons {
+			require.NotEqual(t, HealthNotFenced, r.GetReason(), StateName(s))
+		}
+	}
+	// A machine that is off is not critical for it; one that is behind is.
+	off := at(Protected, 30*time.Second, 9)
+	off.Retry.Error.Reason = "HYPERVISOR_UNREACHABLE"
+	got, _ := Assess(off, policy, Cycles{}, noon.Add(2*time.Hour))
+	require.Equal(t, critical, got)
+	off.LastPointTime = timestamppb.New(noon.Add(2 * time.Hour))
+	got, _ = Assess(off, policy, Cycles{}, noon.Add(2*time.Hour))
+	require.Equal(t, warning, got)
 	for _, s := range States() {
 		Assess(&schedulerv1.ProtectedVm{State: s}, nil, Cycles{}, noon) // no state is forgotten in a way that panics
+	}
+}
+
+// An application-consistent cut is asked for when it is due, and not at every cycle when it cannot be had.
+func TestWantedConsistency(t *testing.T) {
+	v := &vmRun{rec: &schedulerv1.ProtectedVm{State: Protected}, policy: &schedulerv1.Policy{}}
+	require.Equal(t, crash, v.wantedConsistency(noon))
+	v.policy.AppConsistentInterval = durationpb.New(time.Hour)
+	require.Equal(t, application, v.wantedConsistency(noon))
+	v.rec.AppConsistencyError = &typesv1.ErrorDetail{Time: timestamppb.New(noon)}
+	require.Equal(t, crash, v.wantedConsistency(noon.Add(14*time.Minute)))
+	require.Equal(t, application, v.wantedConsistency(noon.Add(15*time.Minute)))
+	v.rec.LastAppPointTime, v.rec.AppConsistencyError = timestamppb.New(noon), nil
+	require.Equal(t, crash, v.wantedConsistency(noon.Add(59*time.Minute)))
+	require.Equal(t, application, v.wantedConsistency(noon.Add(time.Hour)))
+	v.rec.State = PlannedFailoverInProgress
+	require.Equal(t, crash, v.wantedConsistency(noon.Add(time.Hour)))
+}
+
+// The bounds of application consistency in a policy.
+func TestAppConsistentIntervalIsValidated(t *testing.T) {
+	for d, ok := range map[time.Duration]bool{0: false, 59 * time.Second: false, time.Minute: false, 5 * time.Minute: true, 12 * time.Hour: true, 13 * time.Hour: false} {
+		p := &schedulerv1.Policy{Name: "policies/p", CopyInterval: durationpb.New(5 * time.Minute), AppConsistentInterval: durationpb.New(d)}
+		err := validatePolicy(p, noon)
+		require.Equal(t, ok, err == nil, "%s: %v", d, err)
 	}
 }
 

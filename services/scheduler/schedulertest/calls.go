@@ -9,7 +9,11 @@ import (
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
-func (h *Host) machineLocked() *typesv1.Machine { return proto.Clone(h.machine).(*typesv1.Machine) }
+func (h *Host) machineLocked() *typesv1.Machine {
+	m := proto.Clone(h.machine).(*typesv1.Machine)
+	m.Fence = h.fence
+	return m
+}
 
 func (h *Host) mine(vm string) error {
 	if vm != h.machine.GetId() && vm != h.machine.GetDisplayName() {

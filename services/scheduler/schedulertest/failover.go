@@ -74,3 +74,10 @@ func (f *Failover) Open() {
 	seq := f.commit(replica.KindOpen)
 	f.change(func(rec *failoverv1.Failover) { rec.OpenSequence = seq })
 }
+
+// Delete takes the record away.
+func (f *Failover) Delete() {
+	_, rev, err := f.kv.Get(testkit.Context(f.w.t), bus.Key(f.id))
+	require.NoError(f.w.t, err)
+	require.NoError(f.w.t, f.kv.Delete(testkit.Context(f.w.t), bus.Key(f.id), rev))
+}
