@@ -189,7 +189,7 @@ func (r *reading) judge(ctx context.Context, err, failed, missing error) error {
 	case err == nil || failed != nil:
 		return err
 	case r.ctx.Err() != nil:
-		if cause := context.Cause(r.ctx); errors.Is(cause, ErrUnavailable) {
+		if cause := context.Cause(r.ctx); errors.Is(cause, ErrUnavailable) || errors.Is(cause, ErrSourceLost) {
 			return cause
 		}
 		return fmt.Errorf("%w: %w", missing, context.Cause(r.ctx))

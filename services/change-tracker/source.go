@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/landfall-dr/landfall/libs/extent"
@@ -196,6 +197,11 @@ func (s *bitmapSource) admit(spec SourceSpec) error {
 	return nil
 }
 
+// reads reports whether a reader of r reads what one of o does.
+func (r *sourceRecord) reads(o *sourceRecord) bool {
+	return r.Lineage == o.Lineage && r.Ordinal == o.Ordinal && r.Scope == o.Scope && slices.Equal(r.Disks, o.Disks)
+}
+
 // save makes r the record, durably. It needs ctl.
 func (s *bitmapSource) save(r *sourceRecord) error {
 	b, err := encodeState(r)
@@ -231,8 +237,17 @@ func (s *bitmapSource) attach(ctx context.Context, spec SourceSpec) ([]Change, e
 	if err := s.save(next); err != nil {
 		return nil, err
 	}
-	a := newAttachment(next)
-	s.replace(a, fmt.Errorf("%w: ordinal %d took its place", errDetached, spec.Ordinal))
+	s.mu.Lock()
+	before := s.open
+	s.mu.Unlock()
+	if before != nil && before.rec.reads(next) {
+		return sizes, nil // its readers go on
+	}
+	why := fmt.Errorf("%w: ordinal %d took its place", errDetached, spec.Ordinal)
+	if before != nil && before.rec.Ordinal == spec.Ordinal {
+		why = fmt.Errorf("%w: it was attached anew", ErrSourceLost) // the exports moved: read again from there
+	}
+	s.replace(newAttachment(next), why)
 	s.t.mu.Lock()
 	closed := s.t.closed // meanwhile: nobody else would end it
 	s.t.mu.Unlock()
