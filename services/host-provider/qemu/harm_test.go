@@ -467,6 +467,8 @@ func TestApplicationConsistency(t *testing.T) {
 	settle(n)
 
 	// The driver dies while the guest is frozen: the next one thaws first.
+	l.config.FreezeLimit = 8 * time.Second
+	l.restartDriver()
 	n = l.next()
 	for _, moment := range []string{"freeze-done", "transaction", "blockdev-reopen-done", "thaw"} {
 		dead := false
