@@ -46,7 +46,7 @@ func (d *Driver) Cut(ctx context.Context, c hostprovider.Cut) (hostprovider.CutR
 	}
 	s, err := h.followed(ctx, m)
 	if err != nil {
-		return hostprovider.CutResult{}, err
+		return hostprovider.CutResult{}, reasoned(err, "look at machine %s", h.id)
 	}
 	if err := h.based(); err != nil { // it may have been found lost just now
 		return hostprovider.CutResult{}, err
@@ -58,7 +58,7 @@ func (d *Driver) Cut(ctx context.Context, c hostprovider.Cut) (hostprovider.CutR
 		return hostprovider.CutResult{}, err
 	}
 	if err := h.cut(ctx, m, s, c); err != nil {
-		return hostprovider.CutResult{}, err
+		return hostprovider.CutResult{}, reasoned(err, "cut point %d of machine %s", c.Point, h.id)
 	}
 	return h.result(), h.attach(ctx)
 }
@@ -205,7 +205,7 @@ func asDegraded(err error) error {
 func (h *held) thawLater() {
 	socket, id, d := h.machine.AgentSocket, h.id, h.d
 	d.watchers.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 6*afterwards)
+		ctx, cancel := context.WithTimeout(d.closing, 6*afterwards)
 		defer cancel()
 		n, err := thaw(ctx, socket)
 		d.log.Warn("thawed the guest late", "vm", id, "file_systems", n, "error", err)

@@ -41,6 +41,8 @@ type Driver struct {
 
 	refreshing sync.Mutex
 	watchers   sync.WaitGroup
+	closing    context.Context // ended by Close, for what outlives a call
+	end        context.CancelFunc
 
 	// power is of power.go: fences and power buttons.
 	power power
@@ -77,7 +79,9 @@ func New(c Config, d Deps) (*Driver, error) {
 	if err := c.Validate(); err != nil { // absolute paths are longer
 		return nil, fmt.Errorf("driver qemu: %w", err)
 	}
+	closing, end := context.WithCancel(context.Background())
 	return &Driver{
+		closing: closing, end: end,
 		cfg: c, inv: d.Inventory, pool: d.Pool, tracker: d.Tracker, log: d.Log, now: d.Clock, vms: map[string]*vm{},
 	}, nil
 }
@@ -87,6 +91,7 @@ func (d *Driver) Name() string { return "qemu" }
 
 // Close ends the driver's watchers. Points stay as they are; a new driver goes on with them.
 func (d *Driver) Close() {
+	d.end()
 	d.mu.Lock()
 	var all []*vm
 	for _, v := range d.vms {
@@ -146,6 +151,7 @@ func (d *Driver) look(ctx context.Context, id string) error {
 	defer h.release()
 	m, err := h.monitor(ctx)
 	if err != nil {
+		h.scratchWithoutQEMU(ctx)
 		return err
 	}
 	if err := h.follow(ctx, m); err != nil {
@@ -231,7 +237,7 @@ func (d *Driver) Points(ctx context.Context, id string) (*typesv1.TrackingStatus
 		return nil, err
 	}
 	if err := h.follow(ctx, m); err != nil {
-		return nil, err
+		return nil, reasoned(err, "look at machine %s", h.id)
 	}
 	return h.status(), nil
 }

@@ -393,6 +393,14 @@ func (h *held) removeScratch(ctx context.Context, keep uint64) {
 	}
 }
 
+// scratchWithoutQEMU removes the files of a machine that has nothing open while its QEMU does not answer. One that is alive
+// all the same has them open, and needs no name for them.
+func (h *held) scratchWithoutQEMU(ctx context.Context) {
+	if h.rec.Open == nil {
+		h.removeScratch(ctx, 0)
+	}
+}
+
 // followSoon is follow after an answer that is durable already. What fails is done by the next call or Refresh.
 func (h *held) followSoon(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards) // the caller's going away is no reason to leave it
@@ -400,6 +408,8 @@ func (h *held) followSoon(ctx context.Context) {
 	m, err := h.monitor(ctx)
 	if err == nil {
 		err = h.follow(ctx, m)
+	} else {
+		h.scratchWithoutQEMU(ctx)
 	}
 	if err != nil {
 		h.d.log.WarnContext(ctx, "tidy the hypervisor; it will be tried again", "vm", h.id, "error", err)

@@ -11,6 +11,9 @@ import (
 	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
+// thawInterval is how often an agent that does not answer is asked to thaw.
+const thawInterval = 8 * time.Second
+
 // errNotFrozen: the cut does not lie inside a confirmed freeze.
 var errNotFrozen = errors.New("the guest was not frozen during the cut")
 
@@ -22,6 +25,8 @@ type frozen struct {
 	// timer thaws a guest whose cut takes too long; fired is closed when it has.
 	timer *time.Timer
 	fired chan struct{}
+	// refused: the agent said no, so nothing of ours is frozen; what another program froze is not ours to thaw.
+	refused bool
 }
 
 // freeze freezes the guest. The record says Freezing already. On an error the guest may be frozen all the same: thaw is to be
@@ -46,6 +51,7 @@ func (h *held) freeze(ctx context.Context, agent *qmp.Agent) (*frozen, error) {
 	defer cancel()
 	n, err := agent.Freeze(ctx)
 	if err != nil {
+		f.refused = qmp.Refused(err)
 		return f, fmt.Errorf("freeze: %w", err)
 	}
 	if n == 0 {
@@ -63,6 +69,10 @@ func (f *frozen) thaw(ctx context.Context) (lasted bool, err error) {
 	}
 	if !f.timer.Stop() {
 		<-f.fired
+		return false, nil
+	}
+	if f.refused {
+		_ = f.agent.Close()
 		return false, nil
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), afterwards)
@@ -103,10 +113,14 @@ func thawOnce(ctx context.Context, socket string) (int, error) {
 }
 
 // thawLeft thaws what a cut that was interrupted may have left frozen.
+//
+// An agent that does not answer is waited for seconds, so it is not asked at every call.
 func (h *held) thawLeft(ctx context.Context) error {
-	if h.machine == nil {
+	now := h.d.now()
+	if h.machine == nil || now.Sub(h.thawTried) < thawInterval {
 		return nil
 	}
+	h.thawTried = now
 	if h.machine.AgentSocket != "" {
 		ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 		defer cancel()

@@ -125,6 +125,17 @@ func (c *check) qemu(ctx context.Context) error {
 		c.warn(checkFrozen, "run the machine with QEMU 7.1 or newer; until then give scratch space that cannot fill up",
 			"QEMU %s cannot give up a frozen copy by itself: a full scratch folder stops the guest until Landfall continues it", mon.Version())
 	}
+	for _, k := range c.m.Disks {
+		thread, err := iothread(ctx, mon, k.Device)
+		if err != nil {
+			return err
+		}
+		if thread != "" {
+			c.add(hostproviderv1.Severity_SEVERITY_ERROR, checkExports, typesv1.ErrorReason_ERROR_REASON_PREREQUISITES_NOT_MET,
+				fmt.Sprintf("run the machine with QEMU %d or newer, or the disk's device without iothread", safeIOThread),
+				"disk %s is served by the iothread %s: QEMU %s would end, and the guest with it, when the disk is read", k.ID, thread, mon.Version())
+		}
+	}
 	if err := c.exports(ctx, mon); err != nil {
 		return err
 	}

@@ -45,14 +45,14 @@ func (d *Driver) BeginPass(ctx context.Context, p hostprovider.Pass) (*typesv1.H
 	}
 	s, err := h.followed(ctx, m)
 	if err != nil {
-		return nil, err
+		return nil, reasoned(err, "look at machine %s", h.id)
 	}
 	disks, err := h.disks(ctx, m, s)
 	if err != nil {
 		return nil, err
 	}
 	if err := h.begin(ctx, m, p, disks); err != nil {
-		return nil, err
+		return nil, reasoned(err, "begin pass %d of machine %s", p.Pass, h.id)
 	}
 	if err := h.attach(ctx); err != nil {
 		return nil, err
@@ -77,6 +77,9 @@ func (h *held) disks(ctx context.Context, m *qmp.Monitor, s *seen) ([]tracked, e
 		root, ok := s.root(d.Device)
 		if !ok {
 			return nil, invalid("disk %s: the guest has no device %s with a medium", d.ID, d.Device)
+		}
+		if top := s.nodes[root]; root != d.Node && top != nil && filters[top.driver] {
+			return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE, "machine %s: another program has node %q over disk %s; it is waited for", h.id, root, d.ID)
 		}
 		if root != d.Node {
 			return nil, invalid("disk %s: the guest writes to node %q, not to %q", d.ID, root, d.Node)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
@@ -21,6 +22,8 @@ type vm struct {
 	rec *record
 	// stopWatch ends the watcher of a point made by a job; nil when none runs.
 	stopWatch func()
+	// thawTried is when the agent was last asked to thaw what may have been left frozen.
+	thawTried time.Time
 	// watched is the connection that the watcher uses.
 	watched *qmp.Monitor
 }
@@ -155,4 +158,13 @@ func (h *held) monitor(ctx context.Context) (*qmp.Monitor, error) {
 		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE, "machine %s is not in the inventory", h.id)
 	}
 	return h.d.pool.Get(ctx, h.machine.QMPSocket)
+}
+
+// reasoned gives an error without a reason one that says: try again. A command that QEMU refused although everything was
+// looked at before is such a one: somebody else changed something in between.
+func reasoned(err error, format string, args ...any) error {
+	if err == nil || errcat.Reason(err) != typesv1.ErrorReason_ERROR_REASON_UNSPECIFIED {
+		return err
+	}
+	return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE, err, format, args...)
 }
