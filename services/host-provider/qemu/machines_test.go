@@ -49,7 +49,7 @@ func TestCheck(t *testing.T) {
 	require.Contains(t, text, "nothing listens")
 
 	missing := agentCommands("guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-shutdown")
-	var answer any = missing
+	answer := missing
 	g.agent(map[string]func() any{"guest-info": func() any { return answer }})
 	codes, text = g.checked()
 	require.Equal(t, []string{"warning guest-agent"}, codes, text)

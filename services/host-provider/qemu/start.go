@@ -90,7 +90,8 @@ func (h *held) resume(ctx context.Context, m *qmp.Monitor, status string) (types
 	return state, err
 }
 
-// reset resets a guest that is off. A QEMU with -no-reboot takes a reset as a shutdown: it is told otherwise for this once.
+// reset resets a guest that is off. A QEMU with -no-reboot takes a reset as a shutdown: it is told otherwise, for good, since
+// firmware that starts for the second time may reset the machine once more itself (SeaBIOS does).
 func reset(ctx context.Context, m *qmp.Monitor) error {
 	done, err := tryReset(ctx, m)
 	if err != nil || done {
@@ -103,7 +104,7 @@ func reset(ctx context.Context, m *qmp.Monitor) error {
 	if err == nil && !done {
 		err = errors.New("QEMU does not reset the machine")
 	}
-	return errors.Join(err, setAction(ctx, m, "reboot", "shutdown"))
+	return err
 }
 
 // tryReset says whether the machine was reset; it was not when QEMU took it for a shutdown.

@@ -5,6 +5,7 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -32,5 +33,5 @@ func startDetached(ctx context.Context, argv []string, dir, log string) (pid int
 // running says whether there is such a process.
 func running(pid int) bool {
 	err := syscall.Kill(pid, 0)
-	return err == nil || err == syscall.EPERM //nolint:errorlint // an errno as it is
+	return err == nil || errors.Is(err, syscall.EPERM)
 }
