@@ -72,6 +72,7 @@ type Client struct {
 	info       Info
 	structured bool
 	contexts   map[string]uint32
+	readUnit   int64 // no read crosses a multiple of it; 0 is no limit
 
 	sending chan struct{} // holds one value while somebody writes
 	slots   chan struct{} // holds one value per request in flight
@@ -294,13 +295,13 @@ func (c *Client) within(at extent.Range) error {
 	return nil
 }
 
-// pieces calls do for parts of at of at most step bytes, ascending.
+// pieces calls do for parts of at of at most step bytes that end at multiples of it, ascending.
 func (c *Client) pieces(at extent.Range, step int64, do func(extent.Range) error) error {
 	if err := c.within(at); err != nil {
 		return err
 	}
 	for at.Len > 0 {
-		part := extent.Range{Off: at.Off, Len: min(at.Len, step)}
+		part := extent.Range{Off: at.Off, Len: min(at.Len, step-at.Off%step)}
 		if err := do(part); err != nil {
 			return err
 		}
@@ -309,10 +310,22 @@ func (c *Client) pieces(at extent.Range, step int64, do func(extent.Range) error
 	return nil
 }
 
+// LimitReads has no read cross a multiple of unit, a multiple of the export's smallest block: for exports that answer
+// larger reads wrongly. Call it before the first read. 0 lifts the limit.
+func (c *Client) LimitReads(unit int64) { c.readUnit = unit }
+
+// readStep is the most that one request reads; requests end at multiples of it.
+func (c *Client) readStep() int64 {
+	if c.readUnit > 0 {
+		return min(c.readUnit, c.info.Block.Max)
+	}
+	return c.info.Block.Max
+}
+
 // ReadAt fills p from off. After an error p may be filled in part, and is not written to any more.
 func (c *Client) ReadAt(ctx context.Context, p []byte, off int64) error {
 	all := extent.Range{Off: off, Len: int64(len(p))}
-	return c.pieces(all, c.info.Block.Max, func(at extent.Range) error {
+	return c.pieces(all, c.readStep(), func(at extent.Range) error {
 		buf := p[at.Off-off:][:at.Len]
 		err := c.do(ctx, &call{cmd: cmdRead, at: at, buf: buf}, c.readFlags(), nil)
 		if tooLong(err) {

@@ -115,7 +115,7 @@ func (c *Client) feed(ctx context.Context, plan Plan, queue chan<- piece, room *
 			return false
 		}
 	}
-	step := min(StreamPiece, c.info.Block.Max)
+	step := min(StreamPiece, c.readStep())
 	for run, err := range plan(ctx) {
 		if err != nil {
 			send(piece{err: err})

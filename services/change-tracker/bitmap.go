@@ -232,6 +232,7 @@ func (d SourceDisk) dial(ctx context.Context, contexts ...string) (*nbd.Client, 
 		_ = c.Close() // never fails
 		return nil, fmt.Errorf("%w: export %s has %d bytes, the disk has %d", ErrExportInvalid, d.URI, c.Size(), d.Size)
 	}
+	c.LimitReads(d.ReadUnit)
 	return c, nil
 }
 

@@ -185,7 +185,7 @@ func (s *server) AttachSource(ctx context.Context, r *changetrackerv1.AttachSour
 	spec := SourceSpec{ID: r.Vm, Lineage: r.Lineage, Epoch: r.Epoch, Ordinal: r.Ordinal, Scope: scopes[r.Scope]}
 	for _, d := range r.Disks {
 		spec.Disks = append(spec.Disks, SourceDisk{
-			ID: d.Disk, Size: d.SizeBytes, URI: d.Uri, Context: d.ChangeContext, Allocation: d.Allocation,
+			ID: d.Disk, Size: d.SizeBytes, URI: d.Uri, Context: d.ChangeContext, Allocation: d.Allocation, ReadUnit: d.ReadUnitBytes,
 		})
 	}
 	changes, err := s.tracker.AttachSource(ctx, spec)

@@ -42,6 +42,8 @@ type SourceDisk struct {
 	Context string `json:"change_context,omitempty"`
 	// Allocation: base:allocation of the export tells zeros from data.
 	Allocation bool `json:"allocation,omitempty"`
+	// ReadUnit: no read may cross a multiple of it; 0 is no limit.
+	ReadUnit int64 `json:"read_unit,omitempty"`
 }
 
 // sourceRecord is source-<vm>.json.

@@ -92,6 +92,10 @@ func (h *held) export(ctx context.Context, m *qmp.Monitor, i int, node string, b
 	return nil
 }
 
+// filterCluster is the unit in which copy-before-write copies, at least: a raw target names none. A read of the frozen copy
+// that spans copied and uncopied clusters gets wrong data from QEMU 7.2, without an error; one within a cluster is right.
+const filterCluster = 64 << 10
+
 // source is what the change-tracker needs to read the open point or pass.
 func (h *held) source() *changetrackerv1.AttachSourceRequest {
 	r, o := h.rec, h.rec.Open
@@ -105,6 +109,9 @@ func (h *held) source() *changetrackerv1.AttachSourceRequest {
 			d.Allocation = t.Map
 		} else {
 			d.ChangeContext = "qemu:dirty-bitmap:" + r.bitmap(o.Old)
+			if o.Method == byFilter {
+				d.ReadUnitBytes = filterCluster
+			}
 		}
 		out.Disks = append(out.Disks, d)
 	}

@@ -1545,7 +1545,10 @@ type ExportedDisk struct {
 	// offer it is refused: silence would read as clean.
 	ChangeContext string `protobuf:"bytes,4,opt,name=change_context,json=changeContext,proto3" json:"change_context,omitempty"`
 	// Whether base:allocation of the export tells holes and zeroes from data (it does not for VHDX).
-	Allocation    bool `protobuf:"varint,5,opt,name=allocation,proto3" json:"allocation,omitempty"`
+	Allocation bool `protobuf:"varint,5,opt,name=allocation,proto3" json:"allocation,omitempty"`
+	// No read may cross a multiple of it; 0: any read may. QEMU's copy-before-write gives wrong data, without an error, to
+	// reads that span what it has copied and what it has not (found with 7.2); within one of its clusters they are right.
+	ReadUnitBytes int64 `protobuf:"varint,6,opt,name=read_unit_bytes,json=readUnitBytes,proto3" json:"read_unit_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1613,6 +1616,13 @@ func (x *ExportedDisk) GetAllocation() bool {
 		return x.Allocation
 	}
 	return false
+}
+
+func (x *ExportedDisk) GetReadUnitBytes() int64 {
+	if x != nil {
+		return x.ReadUnitBytes
+	}
+	return 0
 }
 
 // AttachSourceRequest describes the source.
@@ -2176,7 +2186,7 @@ const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
 	"\x06chunks\x18\x02 \x01(\x03R\x06chunks\x12\x12\n" +
 	"\x04zero\x18\x03 \x01(\bR\x04zero\x12\x18\n" +
-	"\adigests\x18\x04 \x01(\fR\adigests\"\xb5\x01\n" +
+	"\adigests\x18\x04 \x01(\fR\adigests\"\xea\x01\n" +
 	"\fExportedDisk\x12\x1b\n" +
 	"\x04disk\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04disk\x12&\n" +
 	"\n" +
@@ -2185,7 +2195,8 @@ const file_landfall_changetracker_v1_change_tracker_proto_rawDesc = "" +
 	"\x0echange_context\x18\x04 \x01(\tR\rchangeContext\x12\x1e\n" +
 	"\n" +
 	"allocation\x18\x05 \x01(\bR\n" +
-	"allocation\"\x97\x02\n" +
+	"allocation\x123\n" +
+	"\x0fread_unit_bytes\x18\x06 \x01(\x03B\v\xbaH\b\"\x06\x18\x80\x80@(\x00R\rreadUnitBytes\"\x97\x02\n" +
 	"\x13AttachSourceRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
 	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12!\n" +
