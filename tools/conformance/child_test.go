@@ -19,6 +19,8 @@ import (
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	changetracker "github.com/landfall-dr/landfall/services/change-tracker"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
+	"github.com/landfall-dr/landfall/services/host-provider/imagedir"
+	"github.com/landfall-dr/landfall/services/host-provider/qemu"
 )
 
 // childEnv holds the child's settings.
@@ -51,6 +53,21 @@ func TestMain(m *testing.M) {
 func (s settings) certificates() string { return filepath.Join(s.Dir, "certificates") }
 func (s settings) address() string      { return filepath.Join(s.Dir, "address") }
 func (s settings) sockets() string      { return filepath.Join(s.Dir, "s") }
+
+// driver makes the driver that the settings name.
+func (s settings) driver(tracker changetrackerv1.ChangeTrackerServiceClient, log *slog.Logger) (hostprovider.Driver, error) {
+	c := hostprovider.Config{Site: "lab", Host: "host-1", Images: s.Images}
+	switch s.Driver {
+	case hostprovider.DriverImagedir:
+		return imagedir.New(c.Images, c.Site, c.Host, tracker, log)
+	case hostprovider.DriverQEMU:
+		c.QEMU = hostprovider.QEMUConfig{Machines: s.Images, StateDir: filepath.Join(s.Dir, "q")}
+		driver, _, err := qemu.Open(c, tracker, log, time.Now)
+		return driver, err
+	default:
+		return nil, fmt.Errorf("no driver %q", s.Driver)
+	}
+}
 
 // serve is the host: both services behind one TLS listener, until the process is killed.
 func (s settings) serve(ctx context.Context) error {

@@ -3,8 +3,6 @@ package conformance
 import (
 	"context"
 	"errors"
-	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -14,9 +12,7 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/testkit/hostsuite"
 	"github.com/landfall-dr/landfall/libs/vdisk"
-	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/imagedir"
 	"github.com/landfall-dr/landfall/tools/nbdclient"
 )
@@ -27,16 +23,6 @@ const (
 	diskSize  = 24 * mib
 )
 
-// driver makes the driver that the settings name.
-func (s settings) driver(tracker changetrackerv1.ChangeTrackerServiceClient, log *slog.Logger) (hostprovider.Driver, error) {
-	switch s.Driver {
-	case "imagedir":
-		return imagedir.New(s.Images, "lab", "host-1", tracker, log)
-	default:
-		return nil, fmt.Errorf("no driver %q", s.Driver)
-	}
-}
-
 // images is a machine in a folder of images; its guest comes by NBD.
 type images struct {
 	*host
@@ -45,7 +31,7 @@ type images struct {
 }
 
 func newImages(t *testing.T) hostsuite.Rig {
-	dir := t.TempDir()
+	dir := shortDir(t)
 	folder := filepath.Join(dir, "images", "web-01")
 	require.NoError(t, os.MkdirAll(folder, 0o700))
 	for file, format := range map[string]vdisk.Format{"os.raw": vdisk.FormatRaw, "data.vhd": vdisk.FormatVHD} {
@@ -125,6 +111,18 @@ func (r *images) Write(disk string, off int64, p []byte) error {
 
 func (r *images) Zero(disk string, off, n int64) error {
 	return r.do(disk, func(c *nbdclient.Client) error { return c.WriteZeroes(off, n) })
+}
+
+// shortDir is a folder with a name short enough for sockets.
+func shortDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("", "lf")
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
 }
 
 func TestImagedir(t *testing.T) { hostsuite.Run(t, newImages) }

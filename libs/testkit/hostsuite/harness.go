@@ -92,7 +92,7 @@ func requireEqual(t *testing.T, want, got map[string]image, what string) {
 		require.Len(t, g, len(w), "%s: size of disk %s", what, id)
 		for off := 0; off < len(w); off += 4096 {
 			if end := min(off+4096, len(w)); !bytes.Equal(w[off:end], g[off:end]) {
-				t.Fatalf("%s: disk %s differs first at byte %d", what, id, off)
+				t.Fatalf("%s: disk %s differs first at byte %d: want %x, got %x", what, id, off, w[off:off+16], g[off:off+16])
 			}
 		}
 	}
