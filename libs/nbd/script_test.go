@@ -457,6 +457,19 @@ func TestBounds(t *testing.T) {
 	require.NoError(t, client.ReadAt(testkit.Context(t), nil, scriptSize))
 }
 
+// No read crosses a multiple of the unit.
+func TestLimitReads(t *testing.T) {
+	client := serveWith(t, nil, func(r got) []byte {
+		if r.off/4096 != (r.off+r.length-1)/4096 {
+			return nil
+		}
+		return chunkOf(chunkDone, chunkHole, r.cookie, be64(uint64(r.off)), be32(uint32(r.length)))
+	})
+	client.LimitReads(4096)
+	require.NoError(t, client.ReadAt(testkit.Context(t), make([]byte, 9*sector), 7*sector))
+	require.NoError(t, client.Stream(testkit.Context(t), oneRun(extent.Range{Off: sector, Len: 64 << 10}), func(extent.Range, []byte) error { return nil }))
+}
+
 // A server may refuse to answer a long read in one piece.
 func TestOnePieceTooLong(t *testing.T) {
 	own := map[uint32][]byte{optGo: join(optionReply(optGo, repInfo, exportInfo(scriptSize, 1|exportDF)), optionReply(optGo, repAck))}

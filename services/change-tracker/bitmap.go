@@ -120,6 +120,7 @@ func (s *bitmapSource) readChanges(ctx context.Context, lineage string, ordinal 
 		return nil
 	}
 	out := joiner{emit: emit}
+	defer out.drop()
 	c, err := d.dial(ctx, d.Context)
 	if err == nil {
 		defer c.Close()
@@ -159,6 +160,7 @@ func (s *bitmapSource) readRanges(ctx context.Context, lineage string, pass uint
 		ranges = []extent.Range{window.Intersect(extent.Range{Len: r.disk.Size})}
 	}
 	out := joiner{emit: emit}
+	defer out.drop()
 	err = readLive(ctx, r.disk.walk, r.disk.Size, ranges, out.put)
 	if err == nil {
 		err = out.flush()
@@ -372,11 +374,13 @@ func (r *sourceRecord) count(ctx context.Context, c *nbd.Client, d SourceDisk) (
 	return bytes, nil
 }
 
-// joiner emits chunks and joins neighbouring runs of zeros up to zeroMost.
+// joiner emits chunks and joins neighbours: zeros up to zeroMost, data up to chunkSize. Reads may be small, messages are
+// not to be.
 type joiner struct {
 	emit    func(Chunk) error
-	pending extent.Range // of zeros
-	failed  error        // of emit
+	pending extent.Range     // neighbours not yet emitted
+	data    *[chunkSize]byte // holds them; nil when they are zeros
+	failed  error            // of emit
 }
 
 func (j *joiner) zero(at extent.Range) error { return j.put(Chunk{Range: at}) }
@@ -385,26 +389,49 @@ func (j *joiner) put(c Chunk) error {
 	if c.Empty() {
 		return nil
 	}
-	if c.Data == nil && j.pending.Len > 0 && j.pending.End() == c.Off && j.pending.Len+c.Len <= zeroMost {
-		j.pending.Len += c.Len
-		return nil
-	}
-	if err := j.flush(); err != nil {
-		return err
-	}
+	most := int64(chunkSize)
 	if c.Data == nil {
-		j.pending = c.Range
+		most = zeroMost
+	}
+	joins := !j.pending.Empty() && j.pending.End() == c.Off && (j.data == nil) == (c.Data == nil) && j.pending.Len+c.Len <= most
+	if !joins {
+		if err := j.flush(); err != nil {
+			return err
+		}
+		if c.Len >= most {
+			j.failed = j.emit(c)
+			return j.failed
+		}
+		j.pending = extent.Range{Off: c.Off}
+		if c.Data != nil {
+			j.data = chunkPool.Get().(*[chunkSize]byte)
+		}
+	}
+	if c.Data != nil {
+		copy(j.data[j.pending.Len:], c.Data)
+	}
+	j.pending.Len += c.Len
+	return nil
+}
+
+// flush emits what is pending.
+func (j *joiner) flush() error {
+	defer j.drop()
+	if j.pending.Empty() {
 		return nil
+	}
+	c := Chunk{Range: j.pending}
+	if j.data != nil {
+		c.Data = j.data[:c.Len]
 	}
 	j.failed = j.emit(c)
 	return j.failed
 }
 
-func (j *joiner) flush() error {
-	if j.pending.Len == 0 {
-		return nil
+// drop forgets what is pending.
+func (j *joiner) drop() {
+	if j.data != nil {
+		chunkPool.Put(j.data)
 	}
-	j.failed = j.emit(Chunk{Range: j.pending})
-	j.pending = extent.Range{}
-	return j.failed
+	j.pending, j.data = extent.Range{}, nil
 }

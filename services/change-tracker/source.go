@@ -179,6 +179,9 @@ func (s SourceSpec) check() error {
 			return fmt.Errorf("%w: disk id %q of machine %s", ErrDiskDuplicate, d.ID, s.ID)
 		}
 		seen[d.ID] = true
+		if d.ReadUnit < 0 || d.ReadUnit%exportUnit != 0 {
+			return fmt.Errorf("%w: disk %s: reads in units of %d bytes, not of multiples of %d", ErrExportInvalid, d.ID, d.ReadUnit, exportUnit)
+		}
 		if s.Scope == "" && d.Context == "" {
 			return fmt.Errorf("%w: disk %s: a point needs the context of its changes", ErrExportInvalid, d.ID)
 		}

@@ -115,7 +115,7 @@ func (h *hypervisor) run(args ...string) {
 }
 
 func (h *hypervisor) disk() *changetrackerv1.ExportedDisk {
-	return &changetrackerv1.ExportedDisk{Disk: "os", SizeBytes: guestSize, Uri: h.uri(), ChangeContext: guestContext, Allocation: true}
+	return &changetrackerv1.ExportedDisk{Disk: "os", SizeBytes: guestSize, Uri: h.uri(), ChangeContext: guestContext, Allocation: true, ReadUnitBytes: 64 << 10}
 }
 
 func pointOf(ordinal, epoch uint64, disks ...*changetrackerv1.ExportedDisk) *changetrackerv1.AttachSourceRequest {

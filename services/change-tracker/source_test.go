@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/nbd"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
@@ -110,6 +111,7 @@ func TestSourceExportInvalid(t *testing.T) {
 	for name, change := range map[string]func(*changetrackerv1.ExportedDisk){
 		"other size":      func(d *changetrackerv1.ExportedDisk) { d.SizeBytes -= 512 },
 		"no context":      func(d *changetrackerv1.ExportedDisk) { d.ChangeContext = "" },
+		"read unit":       func(d *changetrackerv1.ExportedDisk) { d.ReadUnitBytes = 512 },
 		"unknown context": func(d *changetrackerv1.ExportedDisk) { d.ChangeContext = "qemu:dirty-bitmap:landfall-2" },
 		"unknown export":  func(d *changetrackerv1.ExportedDisk) { d.Uri = "nbd+unix:///data?socket=" + qemu.socket() },
 		"no URI":          func(d *changetrackerv1.ExportedDisk) { d.Uri = "os" },
@@ -372,6 +374,9 @@ func TestSourceOfABrokenSnapshot(t *testing.T) {
 			guest, err := nbd.Dial(testkit.Context(t), strings.Replace(qemu.uri(), "/os?", "/guest?", 1))
 			require.NoError(t, err)
 			require.NoError(t, guest.WriteAt(testkit.Context(t), bytes.Repeat([]byte{0xff}, 1<<20), 5<<20, false))
+			require.NoError(t, guest.WriteZeroes(testkit.Context(t), extent.Range{Off: 6 << 20, Len: 64 << 10}, true))
+			require.NoError(t, guest.WriteZeroes(testkit.Context(t), extent.Range{Off: 7 << 20, Len: 64 << 10}, false))
+			require.NoError(t, guest.Trim(testkit.Context(t), extent.Range{Off: 64 << 10, Len: 64 << 10}))
 			require.NoError(t, guest.Close())
 
 			list, err = h.sourceChanges(7, 0)
