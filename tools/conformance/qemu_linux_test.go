@@ -50,7 +50,11 @@ func newVirtual(format string) func(t *testing.T) hostsuite.Rig {
 		require.NoError(t, os.WriteFile(filepath.Join(machines, "web-01.yaml"), []byte("version: 1\nid: "+machineID+"\nname: web-01\nqmp: "+r.socket("landfall")+"\nstart: "+string(start)+"\n"), 0o600))
 		r.host = &host{t: t} // for run
 		r.run()
-		t.Cleanup(func() { r.hangUp(); r.kill() })
+		t.Cleanup(func() {
+			r.hangUp()
+			r.kill()
+			r.quit()
+		})
 		r.host = startHost(t, settings{Dir: r.dir, Driver: "qemu", Images: machines, NBD: "unix:" + filepath.Join(r.dir, "s", "nbd")})
 		r.disks = r.machine().Machine.Disks
 		return r
@@ -128,6 +132,19 @@ func (r *virtual) run() {
 		_ = monitor.Close()
 		wg.Wait()
 	})
+}
+
+// quit ends the QEMU that the driver started in the place of ours.
+func (r *virtual) quit() {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	m, err := qmp.Dial(ctx, r.socket("test"))
+	if err != nil {
+		return // there is none
+	}
+	defer m.Close()
+	_ = m.Execute(ctx, "quit", nil, nil)
+	<-m.Done()
 }
 
 // powerDown does what ACPI in a guest does at the power button, as soon as the firmware has set the registers up.
