@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
@@ -139,6 +141,16 @@ func (c *copying) boot() step {
 		}
 		return nil, proof(evidence), err
 	}}
+}
+
+// shown is what a machine showed whose files are gone: the text that is in the record stays.
+func shown(e *typesv1.BootEvidence) *typesv1.BootEvidence {
+	if e == nil {
+		return nil
+	}
+	e = proto.CloneOf(e)
+	e.ConsoleFile, e.ScreenshotFile = "", ""
+	return e
 }
 
 // proof is one line about how a machine showed that it is up.

@@ -66,6 +66,8 @@ func (s *Service) fail(ctx context.Context, f *failoverv1.Failover, cause error)
 		// What is left makes it a failed clean-up, which can be tried again, of a failed job.
 		end.state = typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANUP_FAILED
 		end.cause = errcat.Wrap(errcat.Reason(cause), cause, "the folder could not be cleaned (%v) after", err)
+	} else {
+		f.Boot = shown(f.Boot)
 	}
 	if failpoint.Hit("failover-orchestrator/after-undo") == nil {
 		s.settle(ctx, f, end)
@@ -101,7 +103,9 @@ func (s *Service) settle(ctx context.Context, f *failoverv1.Failover, e ending) 
 				case ready:
 					r.ReadyTime, r.Files = timestamppb.New(s.deps.Clock()), e.files
 				case e.cause == nil: // cleaned up
-					r.Files = nil
+					r.Files, r.Boot = nil, shown(r.Boot)
+				case e.state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
+					r.Boot = f.Boot
 				}
 				return nil
 			})

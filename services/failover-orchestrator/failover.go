@@ -280,11 +280,14 @@ func (s *Service) giveUp(ctx context.Context, f *failoverv1.Failover, cause erro
 	if r.Phase != f.Phase || r.Job != f.Job { // another instance was faster: what stands in the folder is its
 		return
 	}
-	end := resting{phase: failed, job: f.Job, cause: cause, change: func(r *failoverv1.Failover) { r.Files = nil }}
+	end := resting{phase: failed, job: f.Job, cause: cause}
 	if _, err := s.remove(ctx, f); err != nil {
 		// What is left is named, so that the next attempt elsewhere does not forget it.
 		end.cause = errcat.Wrap(errcat.Reason(cause), cause, "the folder could not be cleaned (%v) after", err)
 		end.change = func(r *failoverv1.Failover) { r.Files = []string{"."} }
+	} else {
+		f.Boot = shown(f.Boot)
+		end.change = func(r *failoverv1.Failover) { r.Files, r.Boot = nil, f.Boot }
 	}
 	if failpoint.Hit("failover-orchestrator/after-undo") == nil {
 		s.rest(ctx, f, end)
@@ -302,10 +305,18 @@ func (s *Service) failoversOf(ctx context.Context, vm string) ([]*failoverv1.Fai
 	}
 	var out []*failoverv1.Failover
 	for _, e := range entries {
-		if e.Value.Vm == vm && !isTest(e.Value) {
-			e.Value.Revision = e.Revision
-			out = append(out, e.Value)
+		if e.Value.Vm != vm || isTest(e.Value) {
+			continue
 		}
+		f := e.Value
+		if !over(f) { // a list takes a while: what stands in the way must do so now
+			if f, _, err = s.failovers.Get(ctx, e.Key); errors.Is(err, bus.ErrNotFound) {
+				continue
+			} else if err != nil {
+				return nil, storeError(err)
+			}
+		}
+		out = append(out, f)
 	}
 	slices.SortFunc(out, func(a, b *failoverv1.Failover) int { return -age(a, b) })
 	return out, nil

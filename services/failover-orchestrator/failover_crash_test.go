@@ -44,7 +44,7 @@ func TestFailoverKillAtEveryStep(t *testing.T) {
 		"after-open", "after-open-lineage", "before-rest",
 	}
 	for name, point := range map[string]*failoverv1.PointSelector{"planned": nil, "newest": latest(), "older": ordinal(3), "processed": latestProcessed()} {
-		stride := map[string]int{"planned": 3, "newest": 7, "older": 2, "processed": 9}[name]
+		stride := map[string]int{"planned": 4, "newest": 11, "older": 3, "processed": 13}[name]
 		if os.Getenv("LANDFALL_CRASH_RUNS") != "" {
 			stride = 1
 		}

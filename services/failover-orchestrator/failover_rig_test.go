@@ -128,14 +128,6 @@ func takeOver(out string, point *failoverv1.PointSelector) *failoverv1.StartFail
 func (g *rig) failOver(r *failoverv1.StartFailoverRequest) *typesv1.Job {
 	g.t.Helper()
 	out, err := g.client.StartFailover(testkit.Context(g.t), r)
-	if err != nil {
-		kv, _ := bus.OpenKV[*failoverv1.Failover](testkit.Context(g.t), g.bus, bus.BucketFailovers)
-		all, _ := kv.List(testkit.Context(g.t), "")
-		for _, e := range all {
-			v, rev, err := kv.Get(testkit.Context(g.t), e.Key)
-			g.t.Logf("DIAG list %d %s %s %s; get %d %s %v", e.Revision, e.Time, e.Key, e.Value.Phase, rev, v.GetPhase(), err)
-		}
-	}
 	require.NoError(g.t, err)
 	require.NotNil(g.t, out.Job)
 	return out.Job
@@ -254,7 +246,7 @@ func (s *source) look(ctx context.Context, f *failoverv1.Failover) {
 	if f.Phase == phaseCancelled {
 		s.set(func(s *source) { s.running = true })
 	}
-	s.record(func(vm *schedulerv1.ProtectedVm) {
+	s.record(ctx, func(vm *schedulerv1.ProtectedVm) {
 		vm.State = state
 		if f.Phase == phaseCancelled {
 			vm.Failover = nil
@@ -262,7 +254,16 @@ func (s *source) look(ctx context.Context, f *failoverv1.Failover) {
 	})
 }
 
-func (s *source) record(change func(*schedulerv1.ProtectedVm)) { s.g.setVM(vmName, change) }
+// record changes the VM's record, unless the test is over.
+func (s *source) record(ctx context.Context, change func(*schedulerv1.ProtectedVm)) {
+	_, _, err := s.g.vms.MutateOrCreate(ctx, bus.Key("lab", vmID), func(vm *schedulerv1.ProtectedVm) error {
+		change(vm)
+		return nil
+	})
+	if err != nil && ctx.Err() == nil {
+		s.g.t.Errorf("write the VM's record: %v", err)
+	}
+}
 
 // stop brings the source of a planned failover to its last point, stage by stage; what was done before is not repeated.
 func (s *source) stop(ctx context.Context, f *failoverv1.Failover) {
@@ -287,7 +288,7 @@ func (s *source) stop(ctx context.Context, f *failoverv1.Failover) {
 		if p.Stage == schedulerv1.FailoverStage_FAILOVER_STAGE_READY_TO_CLOSE {
 			p.FinalPoint, p.SourceFenced = s.lastPoint(), true
 		}
-		s.record(func(vm *schedulerv1.ProtectedVm) {
+		s.record(ctx, func(vm *schedulerv1.ProtectedVm) {
 			vm.Failover = p
 			if refuse == nil {
 				vm.State = typesv1.ProtectionState_PROTECTION_STATE_PLANNED_FAILOVER_IN_PROGRESS
