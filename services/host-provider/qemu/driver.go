@@ -142,6 +142,9 @@ func (d *Driver) Refresh(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// pointsTimeout bounds the look at one machine for a caller who asks often.
+const pointsTimeout = 5 * time.Second
+
 // look brings one machine in order.
 func (d *Driver) look(ctx context.Context, id string) error {
 	h, err := d.hold(ctx, id)
@@ -230,7 +233,7 @@ func (d *Driver) Points(ctx context.Context, id string) (*typesv1.TrackingStatus
 	if h.rec.Lineage == "" || (h.rec.Active == 0 && h.rec.Open == nil) {
 		return h.status(), nil // QEMU holds nothing for it
 	}
-	ctx, cancel := context.WithTimeout(ctx, perMachine)
+	ctx, cancel := context.WithTimeout(ctx, pointsTimeout)
 	defer cancel()
 	m, err := h.monitor(ctx)
 	if err != nil {

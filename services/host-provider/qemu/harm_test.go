@@ -111,6 +111,47 @@ func TestHypervisorKilled(t *testing.T) {
 	l.point()
 }
 
+// TestHypervisorHangs: a QEMU that does not answer holds nobody up, and what it does late is seen.
+func TestHypervisorHangs(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.establish()
+	l.copyAll(full)
+	l.point()
+	n := l.next()
+	for _, moment := range []string{"transaction", "blockdev-reopen", "block-export-add"} {
+		hung := false
+		l.driver.step = func(name string) error {
+			if name == moment && !hung {
+				hung = true
+				return l.qemu.Process.Signal(syscall.SIGSTOP)
+			}
+			return nil
+		}
+		ctx, cancel := context.WithTimeout(l.ctx(), 300*time.Millisecond)
+		_, err := l.driver.Cut(ctx, hostprovider.Cut{VM: vmA, Lineage: lineageA, Point: n, Epoch: l.epoch, Consistency: crash})
+		cancel()
+		l.driver.step = nil
+		requireReason(t, err, typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE)
+		start := time.Now()
+		_, err = l.driver.Points(l.ctx(), vmA)
+		requireReason(t, err, typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE)
+		require.Less(t, time.Since(start), 2*pointsTimeout)
+		require.NoError(t, l.qemu.Process.Signal(syscall.SIGCONT))
+		l.write("d0", 0, 5000, 44)
+		require.Zero(t, l.points().ResyncReason)
+		l.tidy(1)
+	}
+	_, err := l.cut(n)
+	require.NoError(t, err)
+	want := l.snapshot()
+	l.ship(n)
+	l.same(want, "point")
+	_, err = l.settle(n, commit)
+	require.NoError(t, err)
+	l.point()
+}
+
 // TestBitmapTampered: each way in which a bitmap can be not what it was. Nothing is guessed.
 func TestBitmapTampered(t *testing.T) {
 	t.Parallel()

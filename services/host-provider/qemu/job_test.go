@@ -41,7 +41,7 @@ func TestJobs(t *testing.T) {
 	require.NoError(t, err)
 	l.point()
 	l.tidy(1)
-	for at := 1; ; at += 4 {
+	for at := 1; ; at += 9 {
 		k := &killer{at: at}
 		l.killed("cut", k)
 		if !k.killed() {
@@ -53,7 +53,7 @@ func TestJobs(t *testing.T) {
 func TestJobsInstant(t *testing.T) {
 	t.Parallel()
 	l := bootWriter(t, formats("raw", "vhdx"), configured(byJobs))
-	torn, _ := l.cuts(t, 6)
+	torn, _ := l.cuts(t, 3)
 	require.Zero(t, torn)
 }
 

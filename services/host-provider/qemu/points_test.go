@@ -1,10 +1,12 @@
 package qemu
 
 import (
+	"math/rand/v2"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/landfall-dr/landfall/libs/testkit"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
@@ -43,5 +45,36 @@ func TestPointsOfEveryFormat(t *testing.T) {
 			l.tidy(0)
 			require.False(t, l.points().Tracking)
 		})
+	}
+}
+
+// TestOverwrittenWhileOpen overwrites, zeroes and discards what an open point still has to be read, at any alignment.
+func TestOverwrittenWhileOpen(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, formats("vhdx", "qcow2", "raw", "vpc"))
+	l.establish()
+	l.copyAll(full)
+	random := rand.New(rand.NewPCG(testkit.Seed(t), 1))
+	disturb := func(times int) {
+		for range times {
+			d, off, n := disk(random.IntN(4)), random.IntN(imageSize/512-2048)*512, (1+random.IntN(2047))*512
+			if random.IntN(3) == 0 {
+				l.zero(d, off, n)
+			} else {
+				l.write(d, off, n, byte(1+random.IntN(255)))
+			}
+		}
+	}
+	for range 6 {
+		disturb(20)
+		n := l.next()
+		_, err := l.cut(n)
+		require.NoError(t, err)
+		want := l.snapshot()
+		disturb(20)
+		l.ship(n)
+		l.same(want, "point")
+		_, err = l.settle(n, commit)
+		require.NoError(t, err)
 	}
 }

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/nbd"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
@@ -348,8 +349,7 @@ func (l *lab) ship(n uint64) {
 	require.Len(l.t, src.Disks, len(l.formats))
 	for _, d := range src.Disks {
 		require.EqualValues(l.t, imageSize, d.SizeBytes)
-		content := []byte(run(l.t, "nbdcopy", d.Uri, "-"))
-		require.Len(l.t, content, imageSize)
+		content := l.read(d)
 		if d.ChangeContext == "" {
 			l.replica[d.Disk] = content
 			continue
@@ -358,6 +358,18 @@ func (l *lab) ship(n uint64) {
 			copy(l.replica[d.Disk][e.Offset:e.Offset+e.Length], content[e.Offset:e.Offset+e.Length])
 		}
 	}
+}
+
+// read reads an export as the change-tracker does: no read crosses the unit that the driver names.
+func (l *lab) read(d *changetrackerv1.ExportedDisk) []byte {
+	l.t.Helper()
+	c, err := nbd.Dial(l.ctx(), d.Uri)
+	require.NoError(l.t, err)
+	defer func() { _ = c.Close() }()
+	c.LimitReads(d.ReadUnitBytes)
+	content := make([]byte, imageSize)
+	require.NoError(l.t, c.ReadAt(l.ctx(), content, 0))
+	return content
 }
 
 type mapped struct {
