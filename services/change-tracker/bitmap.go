@@ -116,15 +116,12 @@ func (s *bitmapSource) readChanges(ctx context.Context, lineage string, ordinal 
 	}
 	defer r.done()
 	d := r.disk
-	if from >= d.Size {
-		return nil
-	}
 	out := joiner{emit: emit}
 	defer out.drop()
 	c, err := d.dial(ctx, d.Context)
 	if err == nil {
 		defer c.Close()
-		rest := extent.Span(from, d.Size)
+		rest := extent.Span(min(from, d.Size), d.Size)
 		plan := func(ctx context.Context) iter.Seq2[nbd.Run, error] {
 			return func(yield func(nbd.Run, error) bool) {
 				for e, err := range c.Extents(ctx, d.Context, d.aligned(c, rest)) {
@@ -141,6 +138,9 @@ func (s *bitmapSource) readChanges(ctx context.Context, lineage string, ordinal 
 			}
 			return split(want, data[want.Off-at.Off:][:want.Len], out.put, out.zero)
 		})
+		if err == nil {
+			err = d.stands(ctx, c)
+		}
 	}
 	if err == nil {
 		err = out.flush()
@@ -236,6 +236,17 @@ func (d SourceDisk) dial(ctx context.Context, contexts ...string) (*nbd.Client, 
 	}
 	c.LimitReads(d.ReadUnit)
 	return c, nil
+}
+
+// stands checks that a frozen copy still stood after everything was read of it. A filter that gives up its copy lets the guest
+// overwrite what is just being read, and that read gets the new bytes and no error; only reads that begin later fail. So it
+// is also asked by a reader who comes back for nothing.
+func (d SourceDisk) stands(ctx context.Context, c *nbd.Client) error {
+	at := d.aligned(c, extent.Range{Len: 1})
+	if err := c.ReadAt(ctx, make([]byte, at.Len), at.Off); err != nil {
+		return fmt.Errorf("see that the frozen copy still stands: %w", err)
+	}
+	return nil
 }
 
 // contexts are those that the export must offer for what the record reads.
