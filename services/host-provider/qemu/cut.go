@@ -204,8 +204,11 @@ func asDegraded(err error) error {
 // thawLater goes on thawing a guest that did not answer: Refresh does too, but not soon enough.
 func (h *held) thawLater() {
 	socket, id, d := h.machine.AgentSocket, h.id, h.d
+	if d.effect("thaw-later") != nil {
+		return
+	}
 	d.watchers.Go(func() {
-		ctx, cancel := context.WithTimeout(d.closing, 6*afterwards)
+		ctx, cancel := context.WithTimeout(d.closing, 12*afterwards)
 		defer cancel()
 		n, err := thaw(ctx, socket)
 		d.log.Warn("thawed the guest late", "vm", id, "file_systems", n, "error", err)

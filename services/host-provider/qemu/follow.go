@@ -17,7 +17,7 @@ import (
 )
 
 // afterwards bounds the work that follows an answer which is durable already, and the undoing of what failed.
-const afterwards = 10 * time.Second
+const afterwards = 5 * time.Second
 
 // follow compares QEMU with the record, lets the record say what is lost, and removes everything of ours that the record does
 // not want. It is the whole of recovery: a driver that was killed anywhere, and one that only comes back to a machine, do the
