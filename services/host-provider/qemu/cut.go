@@ -178,6 +178,12 @@ func (h *held) cut(ctx context.Context, m *qmp.Monitor, s *seen, c hostprovider.
 	if err != nil {
 		return err
 	}
+	if what := h.brokenCopy(now); what != "" {
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN, "%s", what)
+	}
+	if what := h.brokenCopy(now); what != "" { // given up while the exports were made
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN, "point %d: %s", c.Point, what)
+	}
 	reached := typesv1.Consistency_CONSISTENCY_CRASH
 	if c.Consistency == typesv1.Consistency_CONSISTENCY_APPLICATION && degraded == nil {
 		reached = typesv1.Consistency_CONSISTENCY_APPLICATION
@@ -364,17 +370,24 @@ func (h *held) instantOf(ctx context.Context, m *qmp.Monitor, disks []int) (time
 		end = append(end, action("block-dirty-bitmap-disable", arguments{"node": t.Node, "name": r.bitmap(o.Old)}))
 		options = append(options, arguments{"driver": "raw", "node-name": name(topNode, o.New, i), "file": name(filterNode, o.New, i)})
 	}
+	var cut time.Time
+	var pause time.Duration
 	if o.Method == byJob {
-		return h.instantOfJobs(ctx, m, disks, append(begin, end...))
+		var err error
+		if cut, pause, err = h.instantOfJobs(ctx, m, disks, begin); err != nil {
+			return time.Time{}, 0, err
+		}
+	} else {
+		if err := h.do(ctx, m, "transaction", arguments{"actions": begin}); err != nil {
+			return time.Time{}, 0, fmt.Errorf("begin new bitmaps: %w", err)
+		}
+		start := time.Now() //nolint:forbidigo // a measurement
+		cut = h.d.now().UTC()
+		if err := h.do(ctx, m, "blockdev-reopen", arguments{"options": options}); err != nil {
+			return time.Time{}, 0, fmt.Errorf("switch all disks to their filters: %w", err)
+		}
+		pause = time.Since(start) //nolint:forbidigo // as above
 	}
-	if err := h.do(ctx, m, "transaction", arguments{"actions": begin}); err != nil {
-		return time.Time{}, 0, fmt.Errorf("begin new bitmaps: %w", err)
-	}
-	cut, start := h.d.now().UTC(), time.Now() //nolint:forbidigo // the second is a measurement
-	if err := h.do(ctx, m, "blockdev-reopen", arguments{"options": options}); err != nil {
-		return time.Time{}, 0, fmt.Errorf("switch all disks to their filters: %w", err)
-	}
-	pause := time.Since(start) //nolint:forbidigo // as above
 	if err := h.do(ctx, m, "transaction", arguments{"actions": end}); err != nil {
 		return time.Time{}, 0, fmt.Errorf("end old bitmaps: %w", err)
 	}

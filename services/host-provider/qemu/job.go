@@ -41,7 +41,8 @@ func (h *held) prepareJobs(ctx context.Context, m *qmp.Monitor) error {
 	return nil
 }
 
-// instantOfJobs is one transaction: new bitmaps, old ones stop, copies begin.
+// instantOfJobs is one transaction: new bitmaps, copies begin. The old bitmaps stop after it: a transaction does its actions
+// one after the other, and a write between two of them must be in both bitmaps or in the copy's past.
 func (h *held) instantOfJobs(ctx context.Context, m *qmp.Monitor, disks []int, actions []any) (time.Time, time.Duration, error) {
 	o := h.rec.Open
 	for _, i := range disks {
@@ -111,6 +112,10 @@ func (d *Driver) rescue(ctx context.Context, m *qmp.Monitor, id string) error {
 		return err
 	}
 	d.log.Warn("the frozen copy cannot be written, so QEMU stopped the guest: the copy is given up and the guest goes on", "vm", id)
+	// The readers go first: without its job the copy shows what the guest writes from now on.
+	if err := dropReaders(ctx, m); err != nil {
+		return err
+	}
 	for _, j := range s.jobs {
 		if err := m.Execute(ctx, "block-job-cancel", arguments{"device": j, "force": true}, nil); err != nil && !qmp.Refused(err) {
 			return err
@@ -123,7 +128,63 @@ func (d *Driver) rescue(ctx context.Context, m *qmp.Monitor, id string) error {
 	if err != nil {
 		return err
 	}
+	// Without its job a copy shows what the guest writes next, and no error: its readers go before the guest does. A cut that
+	// is under way and comes with an export later than this looks whether the jobs still run.
+	if err := endExports(ctx, m); err != nil {
+		return err
+	}
+	if err := dropReaders(ctx, m); err != nil { // a cut may have made exports meanwhile
+		return err
+	}
 	return m.Execute(ctx, "cont", nil, nil)
+}
+
+// dropReaders removes our exports.
+func dropReaders(ctx context.Context, m *qmp.Monitor) error {
+	return poll(ctx, "exports to end", func() (bool, error) {
+		var exports []exported
+		if err := m.Execute(ctx, "query-block-exports", nil, &exports); err != nil {
+			return false, err
+		}
+		gone := true
+		for _, e := range exports {
+			if !ours(e.ID) {
+				continue
+			}
+			gone = false
+			if e.Stopping {
+				continue
+			}
+			if err := m.Execute(ctx, "block-export-del", arguments{"id": e.ID, "mode": "hard"}, nil); err != nil && !qmp.Refused(err) {
+				return false, err
+			}
+		}
+		return gone, nil
+	})
+}
+
+// endExports removes every export of ours and waits until it is gone.
+func endExports(ctx context.Context, m *qmp.Monitor) error {
+	return poll(ctx, "exports to end", func() (bool, error) {
+		s, err := observe(ctx, m)
+		if err != nil {
+			return false, err
+		}
+		left := false
+		for _, e := range s.exports {
+			if !ours(e.ID) {
+				continue
+			}
+			left = true
+			if e.Stopping {
+				continue
+			}
+			if err := m.Execute(ctx, "block-export-del", arguments{"id": e.ID, "mode": "hard"}, nil); err != nil && !qmp.Refused(err) {
+				return false, err
+			}
+		}
+		return !left, nil
+	})
 }
 
 // qcow2 layout: header, refcount table, refcount block, L1 table, each from a cluster of its own.
