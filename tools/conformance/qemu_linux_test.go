@@ -15,10 +15,10 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	"github.com/landfall-dr/landfall/libs/testkit/hostsuite"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // qemuProgram runs the machines; software emulation always.
@@ -41,7 +41,11 @@ func newVirtual(format string) func(t *testing.T) hostsuite.Rig {
 	return func(t *testing.T) hostsuite.Rig {
 		r := &virtual{dir: shortDir(t), format: format}
 		for _, disk := range []string{"os", "data"} {
-			r.image("create", "-q", "-f", format, r.path(disk), fmt.Sprint(diskSize))
+			args := []string{"create", "-q", "-f", format, r.path(disk), fmt.Sprint(diskSize)}
+			if format == "vpc" {
+				args = append(args, "-o", "subformat=fixed,force_size=on") // else it rounds up to whole cylinders
+			}
+			r.image(args...)
 		}
 		machines := filepath.Join(r.dir, "m")
 		require.NoError(t, os.MkdirAll(machines, 0o700))
@@ -219,7 +223,7 @@ func TestQEMU(t *testing.T) {
 		}
 		t.Skip("needs " + qemuProgram + " (Debian: qemu-system-x86)")
 	}
-	for _, format := range []string{"vhdx", "qcow2", "raw"} {
+	for _, format := range []string{"vhdx", "qcow2", "vpc", "raw"} {
 		t.Run(format, func(t *testing.T) { hostsuite.Run(t, newVirtual(format)) })
 	}
 }

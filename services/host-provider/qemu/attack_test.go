@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/testkit"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
 // small makes the scratch folder one of its own, with so much room.
@@ -49,6 +50,116 @@ func TestJobsGivenUpAreNotRead(t *testing.T) {
 	})
 	require.Error(t, command("nbdcopy", uri, "/dev/null"), "later data is read as the point's")
 	_, err = l.settle(p, giveUp)
+	require.NoError(t, err)
+	l.tidy(1)
+}
+
+// together puts everything of the driver, and the images when asked, into one small file system.
+func together(size string) option {
+	return func(l *lab) {
+		dir := l.path("one")
+		require.NoError(l.t, os.MkdirAll(dir, 0o700))
+		if err := syscall.Mount("landfall-test", dir, "tmpfs", 0, "size="+size); err != nil {
+			l.t.Skipf("no tmpfs can be mounted here: %v", err)
+		}
+		l.t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+		l.config.StateDir, l.config.ScratchDir = dir+"/state", dir+"/scratch"
+	}
+}
+
+// TestScratchFillsTheState: by default the frozen copies are in the folder of the records. One that fills it does not keep its
+// own point from being given up, by a driver that lived or one that was dead, whether the point was open or being made.
+func TestScratchFillsTheState(t *testing.T) {
+	for _, how := range []string{"alive", "restarted", "making"} {
+		t.Run(how, func(t *testing.T) {
+			l := newLab(t, together("4m"))
+			l.establish()
+			l.copyAll(full)
+			l.write("d0", 0, 6*mib, 5)
+			n := l.next()
+			if how == "making" {
+				dead := false
+				l.driver.step = func(name string) error {
+					if dead = dead || name == "block-export-add"; dead {
+						return errKilled
+					}
+					return nil
+				}
+			}
+			_, err := l.cut(n)
+			if how == "making" {
+				require.ErrorIs(t, err, errKilled)
+			} else {
+				require.NoError(t, err)
+			}
+			if how != "alive" {
+				l.stopDriver()
+			}
+			l.write("d0", 0, 6*mib, 6)
+			if how != "alive" {
+				l.startDriver()
+			}
+			_, err = l.settle(n, giveUp)
+			require.NoError(t, err)
+			l.tidy(1)
+			l.point()
+		})
+	}
+}
+
+// TestScratchGivesWay: a copy that leaves too little room is given up before others in its file system run out.
+func TestScratchGivesWay(t *testing.T) {
+	l := newLab(t, together("12m"), configured(func(c *Config) { c.MinScratch = 8 * mib }))
+	l.establish()
+	l.copyAll(full)
+	n := l.next()
+	_, err := l.cut(n)
+	require.NoError(t, err)
+	l.write("d0", 0, 8*mib, 6)
+	l.write("d1", 0, 2*mib, 6)
+	testkit.Eventually(t, 10*time.Second, func() bool {
+		free, err := freeSpace(l.config.ScratchDir)
+		return err == nil && free > 11*mib
+	})
+	_, err = l.cut(n)
+	requireReason(t, err, typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN)
+	_, err = l.settle(n, giveUp)
+	require.NoError(t, err)
+	l.tidy(1)
+	l.point()
+}
+
+// TestScratchStopsTheGuest: the copy took the room that the guest's own image needed, while no driver was there. The one that
+// comes gives the room back and lets the guest go on.
+func TestScratchStopsTheGuest(t *testing.T) {
+	l := newLab(t, booted, formats("raw", "raw"), together("12m"), func(l *lab) { l.images = l.path("one") })
+	l.establish()
+	l.copyAll(full)
+	l.write("d1", 0, 4*mib, 5)
+	n := l.next()
+	_, err := l.cut(n)
+	require.NoError(t, err)
+	l.write("d1", 0, 4*mib, 6) // copied
+	l.stopDriver()
+	junk, err := os.Create(l.path("one/junk"))
+	require.NoError(t, err)
+	for err == nil {
+		_, err = junk.Write(make([]byte, 4096))
+	}
+	require.NoError(t, junk.Close())
+	status := func(want string) {
+		t.Helper()
+		testkit.Eventually(t, 20*time.Second, func() bool {
+			var s struct{ Status string }
+			require.NoError(t, l.second.Execute(l.ctx(), "query-status", nil, &s))
+			return s.Status == want
+		})
+	}
+	require.NoError(t, l.second.Execute(l.ctx(), "cont", nil, nil))
+	status("io-error")
+	l.startDriver()
+	status("running")
+	_, err = l.settle(n, giveUp)
 	require.NoError(t, err)
 	l.tidy(1)
 }

@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // afterwards bounds the work that follows an answer which is durable already, and the undoing of what failed.

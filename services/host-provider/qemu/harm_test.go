@@ -16,10 +16,10 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // TestIOThreadIsRefused: reading such a disk would abort this QEMU, and the guest with it.

@@ -4,7 +4,7 @@ import (
 	"context"
 	"strings"
 
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
+	"github.com/landfall-dr/landfall/libs/qmp"
 )
 
 // safeIOThread is the first QEMU whose NBD server survives a reader that leaves while the disk is served by an iothread.

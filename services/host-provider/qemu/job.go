@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // The method for a QEMU whose filter cannot give up its copy: blockdev-backup copies what the guest overwrites into a qcow2

@@ -9,10 +9,10 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // checked runs the checks and returns what was found, without what the description itself says.

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
+	"github.com/landfall-dr/landfall/libs/qmp"
 )
 
 // seen is what a QEMU has, at one look.

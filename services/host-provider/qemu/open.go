@@ -7,10 +7,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/qemu/inventory"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // Open makes the driver as a host is configured: with its inventory and its connections. close ends both.

@@ -5,9 +5,9 @@ import (
 	"fmt"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // BeginPass begins fresh bitmaps on all disks in one transaction and exports the disks live (design.md, "Pass"). What was

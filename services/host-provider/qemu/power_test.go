@@ -19,12 +19,12 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/qemu/inventory"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 const (

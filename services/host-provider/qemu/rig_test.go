@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,13 +25,13 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/nbd"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
 	"github.com/landfall-dr/landfall/services/host-provider/qemu/inventory"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -69,6 +70,7 @@ type lab struct {
 	machine string   // q35 or pc
 	extra   []string
 	boot    bool
+	images  string // folder of the images, when not dir
 	// device is added to the option of every virtio device.
 	device string
 	config Config
@@ -130,7 +132,7 @@ func newLab(t testing.TB, options ...option) *lab {
 }
 
 func disk(i int) string                { return "d" + strconv.Itoa(i) }
-func (l *lab) image(i int) string      { return filepath.Join(l.dir, disk(i)+".img") }
+func (l *lab) image(i int) string      { return filepath.Join(cmp.Or(l.images, l.dir), disk(i)+".img") }
 func (l *lab) path(name string) string { return filepath.Join(l.dir, name) }
 
 func run(t testing.TB, program string, args ...string) string {

@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // probeTimeout bounds the look whether an NBD server answers.

@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	hostprovider "github.com/landfall-dr/landfall/services/host-provider"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 const (

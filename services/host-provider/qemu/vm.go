@@ -8,9 +8,9 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	"github.com/landfall-dr/landfall/services/host-provider/qemu/inventory"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // vm is one machine's record and the lock that every change of it, and of its QEMU, is made under.

@@ -12,8 +12,8 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 // Monitor is what the inventory needs of a *[qmp.Monitor]: questions that change nothing.

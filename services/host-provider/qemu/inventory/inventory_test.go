@@ -15,10 +15,10 @@ import (
 	"google.golang.org/protobuf/testing/protocmp"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
-	"github.com/landfall-dr/landfall/services/host-provider/qmp"
 )
 
 const mibytes = 1 << 20
