@@ -14,8 +14,8 @@ import (
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
-// commit makes a failover final. It changes nothing in storage: the lineage stays closed. When it fails the failover waits
-// for a commit as before.
+// commit makes a failover final: the lineage stays closed, and its state is the point of the machine that stays. When it
+// fails the failover waits for a commit as before.
 func (s *Service) commit(ctx context.Context, f *failoverv1.Failover) {
 	err := s.attempts(ctx, f, s.runCommit)
 	switch {
@@ -47,7 +47,16 @@ func (s *Service) runCommit(ctx context.Context, f *failoverv1.Failover) error {
 		if !state.Closed() || state.Fence.Failover != lastPart(f.Name) {
 			return nil, "", final{errcat.New(typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN, "the newest fence of the lineage is a %q of %q, not the close of this failover", state.Fence.Kind, state.Fence.Failover)}
 		}
-		return nil, fmt.Sprintf("closed by manifest %d", state.Fence.Seq), nil
+		detail := fmt.Sprintf("closed by manifest %d", state.Fence.Seq)
+		switch res, err := (&fencing{copying: c}).setBack(ctx); {
+		case errcat.Recoverable(err):
+			return nil, "", err
+		case err != nil: // the recovered machine is what counts, and it does not come from there
+			detail += fmt.Sprintf("; the replica does not stand at point %d: %v", f.Point, err)
+		case res.Outcome == replica.Committed:
+			detail += fmt.Sprintf("; the replica was set to point %d again by manifest %d", f.Point, res.Seq)
+		}
+		return nil, detail, nil
 	}})
 }
 
@@ -77,10 +86,13 @@ func (s *Service) runCancel(ctx context.Context, f *failoverv1.Failover) error {
 	var steps []step
 	if c.t.Boots() {
 		steps = append(steps, step{id: stepShutdown, do: func(ctx context.Context) (any, string, error) {
-			if err := s.reachable(c.t, f); err != nil {
-				return nil, "", err
+			err, runs := s.reachable(c.t, f), false
+			if err == nil {
+				runs, err = c.t.Running(ctx, planOf(f))
 			}
-			switch runs, err := c.t.Running(ctx, planOf(f)); {
+			switch {
+			case err != nil && ctx.Err() == nil && s.forced(ctx, f):
+				return nil, "", skip("not known to be off: %v", err)
 			case err != nil:
 				return nil, "", err
 			case !runs:
@@ -90,7 +102,7 @@ func (s *Service) runCancel(ctx context.Context, f *failoverv1.Failover) error {
 		}})
 	}
 	steps = append(steps, step{id: stepRemove, do: func(ctx context.Context) (any, string, error) {
-		detail, err := s.remove(ctx, f)
+		detail, err := s.removeOrLeave(ctx, f)
 		return nil, detail, err
 	}}, (&fencing{copying: c}).reopen())
 	return s.perform(ctx, f.CancelJob, j, steps...)

@@ -2,6 +2,7 @@ package failoverorchestrator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"google.golang.org/protobuf/proto"
@@ -124,6 +125,13 @@ func (c *copying) describe() step {
 	}}
 }
 
+// unproven ends the work on a copy whose machine has not shown in time that it is up: it may only be slow, and it is for
+// people to look at it and decide. Nothing of it is removed.
+type unproven struct{ error }
+
+// Unwrap returns what was marked.
+func (u unproven) Unwrap() error { return u.error }
+
 // boot starts the machine and waits until it has shown that it is up. What it showed is kept in the record, also when
 // that was not enough.
 func (c *copying) boot() step {
@@ -135,12 +143,45 @@ func (c *copying) boot() step {
 			}
 		})
 		if evidence != nil && ctx.Err() == nil {
-			if kerr := s.keep(ctx, c.f, func(r *failoverv1.Failover) { r.Boot = evidence }); kerr != nil && err == nil {
-				err = kerr
+			kerr := s.keep(ctx, c.f, func(r *failoverv1.Failover) { r.Boot = evidence })
+			switch {
+			case kerr != nil && (err == nil || errcat.Is(err, didNotBoot)):
+				err = kerr // whoever works on it next looks at the machine again
+			case errcat.Is(err, didNotBoot) && c.keeps(ctx):
+				err = unproven{s.whereToLook(c.f, evidence, err)}
 			}
 		}
 		return nil, proof(evidence), err
 	}}
+}
+
+const didNotBoot = typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT
+
+// keeps says whether a copy stays whose machine has not shown that it is up: a drill's as evidence, another one's as long
+// as it is not known that nothing runs any more, since then there is nothing to wait for.
+func (c *copying) keeps(ctx context.Context) bool {
+	if isTest(c.f) {
+		return true
+	}
+	runs, err := c.t.Running(ctx, planOf(c.f))
+	return runs || err != nil
+}
+
+// whereToLook says what is there to look at of a machine that has not shown that it is up.
+func (s *Service) whereToLook(f *failoverv1.Failover, e *typesv1.BootEvidence, err error) error {
+	var known *errcat.Error
+	if !errors.As(err, &known) {
+		return err
+	}
+	look := *known
+	look.What += fmt.Sprintf("; it is left as it is in %s on %s", f.OutDir, s.machine)
+	if e.ConsoleFile != "" {
+		look.What += ", console: " + e.ConsoleFile
+	}
+	if e.ScreenshotFile != "" {
+		look.What += ", screenshot: " + e.ScreenshotFile
+	}
+	return &look
 }
 
 // shown is what a machine showed whose files are gone: the text that is in the record stays.

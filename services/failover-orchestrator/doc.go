@@ -27,6 +27,21 @@
 //     does, whoever still works on it.
 //  7. A lineage is closed under one failover's id. One that failed after its
 //     close is started again under the same id, or cancelled; none takes its place.
+//  8. The recovered disks come from the manifests of the chosen point, never from
+//     the chain's newest state, so that a rewind by an orchestrator that does not
+//     know yet that its failover was started again at another point spoils no
+//     disk. It may set the state back wrongly once, if it stood still between its
+//     look at the record and its commit and the new attempt found nothing to set
+//     back meanwhile (otherwise rule 17 has it compute again). Commit therefore
+//     sets the state to the point again, and cancel brings it forward before the
+//     open, after which no rewind of this failover is valid (rule 16); one that comes
+//     in between makes the source's base too new, which is a resync (rule 6). What goes
+//     on from a committed lineage goes by the record's point, not by the state.
+//  9. A machine that was started and has not shown in time that it is up is kept:
+//     the job fails, the failover waits for a person (WAITING_CLEANUP or
+//     WAITING_COMMIT with an error).
+//  10. A copy that cannot be removed is left behind only where a person said so
+//     (force), and never while it is seen to run. Invariant 5 is then theirs.
 //
 // Events out: test-failover.changed, failover.changed, job.changed. Events in:
 // none.

@@ -29,6 +29,9 @@ func (s *Service) drive(ctx context.Context, f *failoverv1.Failover) {
 		if cause = s.attempts(ctx, f, s.runTest); cause == nil || ctx.Err() != nil {
 			return
 		}
+		if errors.As(cause, &unproven{}) { // runTest has settled it
+			return
+		}
 	}
 	s.fail(ctx, f, cause)
 }
@@ -101,7 +104,10 @@ func (s *Service) settle(ctx context.Context, f *failoverv1.Failover, e ending) 
 				r.State, r.Error = e.state, errcat.Detail(e.cause, s.deps.Clock())
 				switch {
 				case ready:
-					r.ReadyTime, r.Files = timestamppb.New(s.deps.Clock()), e.files
+					r.Files = e.files
+					if e.cause == nil {
+						r.ReadyTime = timestamppb.New(s.deps.Clock())
+					}
 				case e.cause == nil: // cleaned up
 					r.Files, r.Boot = nil, shown(r.Boot)
 				case e.state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
@@ -112,8 +118,8 @@ func (s *Service) settle(ctx context.Context, f *failoverv1.Failover, e ending) 
 		}
 		if err == nil {
 			s.announce(ctx, f, e.state)
-			s.metrics.tests.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", outcome(e.state))))
-			if ready {
+			s.metrics.tests.Add(ctx, 1, metric.WithAttributes(attribute.String("outcome", e.outcome())))
+			if ready && e.cause == nil {
 				s.metrics.seconds.Record(ctx, s.deps.Clock().Sub(f.CreateTime.AsTime()).Seconds(), metric.WithAttributes(attribute.String("kind", "test")))
 			}
 			return
@@ -124,14 +130,16 @@ func (s *Service) settle(ctx context.Context, f *failoverv1.Failover, e ending) 
 }
 
 // outcome labels the counter of ended work.
-func outcome(state typesv1.TestFailoverState) string {
-	switch state {
-	case typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP:
+func (e ending) outcome() string {
+	switch {
+	case e.state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP && e.cause != nil:
+		return "did_not_boot"
+	case e.state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP:
 		return "ready"
-	case typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE:
+	case e.state == typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE:
 		return "cleaned_up"
 	}
-	return strings.ToLower(strings.TrimPrefix(state.String(), "TEST_FAILOVER_STATE_"))
+	return strings.ToLower(strings.TrimPrefix(e.state.String(), "TEST_FAILOVER_STATE_"))
 }
 
 // runTest makes the copy, step by step; steps that the journal has are not repeated.
@@ -153,11 +161,11 @@ func (s *Service) runTest(ctx context.Context, f *failoverv1.Failover) error {
 		}
 		return storeError(err)
 	})
-	if err := s.perform(ctx, f.Job, c.j, append([]step{check}, c.steps()...)...); err != nil {
-		return err
+	err = s.perform(ctx, f.Job, c.j, append([]step{check}, c.steps()...)...)
+	if err == nil || errors.As(err, &unproven{}) { // a drill that did not come up is evidence, until somebody has looked
+		s.settle(ctx, f, ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, job: f.Job, cause: err, files: c.files})
 	}
-	s.settle(ctx, f, ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, job: f.Job, files: c.files})
-	return nil
+	return err
 }
 
 // runCleanup removes the copy.
@@ -171,14 +179,18 @@ func (s *Service) runCleanup(ctx context.Context, f *failoverv1.Failover) error 
 	if err := failpoint.Hit("failover-orchestrator/before-" + stepRemove); err != nil {
 		return err
 	}
-	detail, err := s.remove(ctx, f)
+	detail, err := s.removeOrLeave(ctx, f)
+	state, left := typesv1.JobState_JOB_STATE_SUCCEEDED, notNeeded{}
+	if errors.As(err, &left) {
+		state, detail, err = typesv1.JobState_JOB_STATE_SKIPPED, left.why, nil
+	}
 	if err != nil {
 		return err
 	}
 	if err := failpoint.Hit("failover-orchestrator/after-" + stepRemove); err != nil {
 		return err
 	}
-	if err := s.step(ctx, f.CleanupJob, stepRemove, typesv1.JobState_JOB_STATE_SUCCEEDED, detail); err != nil {
+	if err := s.step(ctx, f.CleanupJob, stepRemove, state, detail); err != nil {
 		return storeError(err)
 	}
 	s.settle(ctx, f, ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE, job: f.CleanupJob})

@@ -76,6 +76,8 @@ func (s *Service) start(ctx context.Context, f *failoverv1.Failover) {
 		}})
 	case stopped:
 		s.turnBack(ctx, f)
+	case errors.As(err, &unproven{}): // the copy stays, and a person decides
+		s.rest(ctx, f, resting{phase: waitingCommit, job: f.Job, cause: err, files: files, change: func(r *failoverv1.Failover) { r.Files = files }})
 	default:
 		s.giveUp(ctx, f, err)
 	}
@@ -108,7 +110,8 @@ func (s *Service) untilAsked(ctx context.Context, f *failoverv1.Failover) (work 
 
 // bringUp carries a failover out, step by step, and answers the files that the copy consists of. What the journal has is
 // not repeated. Nothing is written to the target's disks before the lineage is closed. The replica is set back beside the
-// copying, which does not need it.
+// copying, which does not need it. An unproven error comes with the files: all is done, but the machine has not shown
+// that it is up.
 func (s *Service) bringUp(ctx context.Context, f *failoverv1.Failover) ([]string, error) {
 	kind := typesv1.JobKind_JOB_KIND_UNPLANNED_FAILOVER
 	if planned(f) {
@@ -145,12 +148,19 @@ func (s *Service) bringUp(ctx context.Context, f *failoverv1.Failover) ([]string
 		}
 	}
 	group, both := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.perform(both, f.Job, c.j, c.steps()...) })
+	var late error
+	group.Go(func() error {
+		err := s.perform(both, f.Job, c.j, c.steps()...)
+		if errors.As(err, &unproven{}) { // the copy stays: the replica is set back all the same
+			late, err = err, nil
+		}
+		return err
+	})
 	group.Go(func() error { return s.perform(both, f.Job, c.j, fence.rewind(), fence.drain()) })
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
-	return c.files, nil
+	return c.files, late
 }
 
 // resting is how a piece of work on a failover ended.
@@ -162,6 +172,9 @@ type resting struct {
 	change func(*failoverv1.Failover)
 }
 
+// succeeds says whether what was made stands, whatever became of the job.
+func (e resting) succeeds() bool { return e.cause == nil || e.phase == waitingCommit }
+
 // rest writes how work on a failover ended: the job first, so that a record at rest never has a running job. A failover
 // that somebody asked to cancel meanwhile goes on being cancelled.
 func (s *Service) rest(ctx context.Context, f *failoverv1.Failover, e resting) {
@@ -171,7 +184,7 @@ func (s *Service) rest(ctx context.Context, f *failoverv1.Failover, e resting) {
 			if moved != nil {
 				s.moved(ctx, moved)
 				s.metrics.failovers.Add(ctx, 1, metric.WithAttributes(attribute.String("kind", kindName(f)), attribute.String("phase", word(moved.Phase.String(), "FAILOVER_PHASE_"))))
-				if e.phase == waitingCommit {
+				if e.phase == waitingCommit && e.cause == nil {
 					s.metrics.seconds.Record(ctx, s.deps.Clock().Sub(f.CreateTime.AsTime()).Seconds(), metric.WithAttributes(attribute.String("kind", kindName(f))))
 				}
 			}
@@ -184,7 +197,7 @@ func (s *Service) rest(ctx context.Context, f *failoverv1.Failover, e resting) {
 
 // restOnce returns the record as it moved; nil when another instance was faster.
 func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e resting) (moved *failoverv1.Failover, err error) {
-	if r, _, err := s.failovers.Get(ctx, failoverKey(f.Name)); err != nil || elsewhere(r, f, e.cause == nil) {
+	if r, _, err := s.failovers.Get(ctx, failoverKey(f.Name)); err != nil || elsewhere(r, f, e.succeeds()) {
 		return nil, err
 	}
 	err = s.endJob(ctx, e.job, e.cause, func(j *typesv1.Job) {
@@ -202,7 +215,7 @@ func (s *Service) restOnce(ctx context.Context, f *failoverv1.Failover, e restin
 	}
 	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
 		moved = nil
-		if elsewhere(r, f, e.cause == nil) {
+		if elsewhere(r, f, e.succeeds()) {
 			return bus.NoChange
 		}
 		moved = r
@@ -231,16 +244,25 @@ func elsewhere(r, f *failoverv1.Failover, succeeds bool) bool {
 
 // reread brings f up to date with its record.
 func (s *Service) reread(ctx context.Context, f *failoverv1.Failover) error {
-	r, _, err := s.failovers.Get(ctx, failoverKey(f.Name))
+	r, err := s.current(ctx, f)
 	if err != nil {
-		return storeError(err)
-	}
-	if elsewhere(r, f, true) {
-		return takenOver(f)
+		return err
 	}
 	proto.Reset(f)
 	proto.Merge(f, r)
 	return nil
+}
+
+// current reads the record of a failover that this instance works on still.
+func (s *Service) current(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
+	r, _, err := s.failovers.Get(ctx, failoverKey(f.Name))
+	if err != nil {
+		return nil, storeError(err)
+	}
+	if elsewhere(r, f, true) {
+		return nil, takenOver(f)
+	}
+	return r, nil
 }
 
 func takenOver(f *failoverv1.Failover) error {

@@ -209,6 +209,67 @@ func TestFailoverKillAtEveryStoreCall(t *testing.T) {
 	}
 }
 
+// An orchestrator that stood still just before its rewind while its failover was started again at another point sets the
+// replica back wrongly; the machine is not touched by it, and commit and cancel put the replica right.
+func TestLateRewind(t *testing.T) {
+	for _, commit := range []bool{true, false} {
+		g, m := bootRig(t)
+		stale := g.newService(g.store)
+		stop := g.api(stale)
+		frozen := func(at string) (here, hold chan struct{}) {
+			here, hold = make(chan struct{}), make(chan struct{})
+			var once atomic.Bool
+			t.Cleanup(failpoint.ArmFunc("failover-orchestrator/"+at, func() error {
+				if once.CompareAndSwap(false, true) {
+					close(here)
+					<-hold
+				}
+				return nil
+			}))
+			return here, hold
+		}
+		copies, letCopy := frozen("before-claim-target")
+		rewinds, letRewind := frozen("before-rewind")
+		m.setDead(true)
+		g.failOver(takeOver(filepath.Join(t.TempDir(), "first"), ordinal(3)))
+		name := g.failover().Name
+		done := make(chan struct{})
+		go func() { defer close(done); stale.Work(testkit.Context(t), name) }()
+		wait(t, copies)
+		wait(t, rewinds)
+		stop()
+		i := g.start(g.store, true)
+		g.awaitPhase(phaseFailed)
+		i.stop()
+
+		// As if the first attempt had never come to its rewind, and the second one needs none.
+		m.setDead(false)
+		g.start(g.store, true)
+		out := filepath.Join(t.TempDir(), "second")
+		g.failOver(takeOver(out, latest()))
+		f := g.awaitPhase(phaseUp)
+		require.Equal(t, name, f.Name)
+		g.requireUp(f, m, 4)
+		head := g.chain().Head
+		close(letRewind)
+		testkit.Eventually(t, 10*time.Second, func() bool { return g.chain().Head > head })
+		close(letCopy)
+		<-done
+		require.EqualValues(t, 3, g.chain().StateOrdinal, "the late rewind")
+		g.requirePoint(out, 4)
+		require.True(t, m.runs(out))
+		if commit {
+			job := g.commitFailover()
+			f = g.awaitPhase(phaseCommitted)
+			g.requireUp(f, m, 4)
+			require.Contains(t, g.job(job.Name).Steps[0].Detail, "point 4 again")
+		} else {
+			g.cancelFailover()
+			g.requireBack(g.awaitPhase(phaseCancelled), m, 4)
+		}
+	}
+}
+
 // An orchestrator that does not know that it is not the one any more, wherever it stands, neither closes nor sets back a
 // lineage that another one has given back to its source, nor brings the record back (rule 16).
 func TestStaleOrchestrator(t *testing.T) {

@@ -36,10 +36,12 @@ const (
 
 // machines is a hypervisor: what runs on it outlives orchestrators.
 type machines struct {
-	mu      sync.Mutex
-	running map[string]int // starts of what runs, by folder
-	dead    bool           // guests show no sign of life
-	stops   int
+	mu       sync.Mutex
+	running  map[string]int // starts of what runs, by folder
+	dead     bool           // guests end while they are waited for
+	silent   bool           // guests run and show no sign of life
+	stops    int
+	stubborn bool // what runs cannot be stopped
 }
 
 // bootTarget is a target that boots, in place of target qemu: the folder of target vhd, and machines.
@@ -67,8 +69,11 @@ func (b bootTarget) Boot(ctx context.Context, p target.Plan, progress func(strin
 	}
 	progress("waiting for the guest agent")
 	e := &typesv1.BootEvidence{Proof: "guest-agent", Seconds: 1.5, ConsoleTail: "login:"}
-	if b.on.dead {
-		e.Proof = ""
+	if b.on.dead || b.on.silent {
+		e.Proof, e.ConsoleTail, e.ConsoleFile, e.ScreenshotFile = "", "loading", "console.log", "screen.png"
+		if b.on.dead {
+			delete(b.on.running, p.Dir)
+		}
 		return e, errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT, "nothing but a cursor")
 	}
 	return e, nil
@@ -81,6 +86,9 @@ func (b bootTarget) Running(_ context.Context, p target.Plan) (bool, error) {
 func (b bootTarget) Shutdown(_ context.Context, p target.Plan) error {
 	b.on.mu.Lock()
 	defer b.on.mu.Unlock()
+	if b.on.stubborn {
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_UNAVAILABLE, "it does not listen")
+	}
 	delete(b.on.running, p.Dir)
 	b.on.stops++
 	return nil
@@ -103,6 +111,19 @@ func (m *machines) setDead(dead bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.dead = dead
+}
+
+func (m *machines) setSilent(silent bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.silent = silent
+}
+
+// lose is the end of a hypervisor, of which nothing is known any more.
+func (m *machines) lose() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.running)
 }
 
 // bootRig is a rig whose orchestrators have a target that boots.
@@ -136,6 +157,13 @@ func (g *rig) failOver(r *failoverv1.StartFailoverRequest) *typesv1.Job {
 func (g *rig) commitFailover() *typesv1.Job {
 	g.t.Helper()
 	out, err := g.client.CommitFailover(testkit.Context(g.t), &failoverv1.CommitFailoverRequest{Vm: vmName})
+	require.NoError(g.t, err)
+	return out.Job
+}
+
+func (g *rig) forceCancel() *typesv1.Job {
+	g.t.Helper()
+	out, err := g.client.CancelFailover(testkit.Context(g.t), &failoverv1.CancelFailoverRequest{Vm: vmName, Force: true})
 	require.NoError(g.t, err)
 	return out.Job
 }

@@ -295,8 +295,8 @@ func TestCancelInEveryStep(t *testing.T) {
 	}
 }
 
-// A machine that does not come up fails the failover: what was made goes, the lineage stays closed. It is started again
-// under the same id, also at another point, or cancelled.
+// A machine that ends before it is up fails the failover: what was made goes, the lineage stays closed. It is started
+// again under the same id, also at another point, or cancelled.
 func TestFailedBootIsTriedAgain(t *testing.T) {
 	g, m := bootRig(t)
 	src := g.follow()
@@ -309,7 +309,7 @@ func TestFailedBootIsTriedAgain(t *testing.T) {
 	require.NoDirExists(t, out)
 	require.False(t, m.runs(out))
 	require.True(t, g.chain().Closed(), "the source must not go on by itself")
-	require.Equal(t, "login:", g.job(job.Name).GetFailover().Boot.ConsoleTail, "what was seen is kept")
+	require.Equal(t, "loading", g.job(job.Name).GetFailover().Boot.ConsoleTail, "what was seen is kept")
 	_ = src
 	testkit.Eventually(t, 10*time.Second, func() bool {
 		vm, _, err := g.vms.Get(testkit.Context(t), bus.Key("lab", vmID))

@@ -105,14 +105,19 @@ func (c *fencing) choose() step {
 // newest selects the point that a planned failover brings up.
 var newest = &failoverv1.PointSelector{Selector: &failoverv1.PointSelector_Latest{Latest: true}}
 
-// rewind makes the chosen point the newest state of the chain, where it is not.
+// rewind makes the chosen point the newest state of the chain, where it is not. A failover that was started again at
+// another point has the same id: the record says whose point counts (doc.go, invariant 8).
 func (c *fencing) rewind() step {
 	return step{id: stepRewind, do: func(ctx context.Context) (any, string, error) {
-		res, err := c.r.Rewind(ctx, replica.RewindOptions{
-			Failover: lastPart(c.f.Name), Target: replica.Ordinal(c.f.Point), Host: c.s.machine, Reason: kindName(c.f) + " failover",
-		})
+		if _, err := c.s.current(ctx, c.f); err != nil {
+			return nil, "", err
+		}
+		if err := failpoint.Hit("failover-orchestrator/before-rewind"); err != nil {
+			return nil, "", err
+		}
+		res, err := c.setBack(ctx)
 		if err != nil {
-			return nil, "", closeError(err, "set the replica back to point %d", c.f.Point)
+			return nil, "", err
 		}
 		if res.Outcome == replica.NothingToDo {
 			return nil, "", skip("point %d is the newest state", c.f.Point)
@@ -120,6 +125,16 @@ func (c *fencing) rewind() step {
 		err = c.s.keep(ctx, c.f, func(r *failoverv1.Failover) { r.RewindSequence = uint64(res.Seq) })
 		return uint64(res.Seq), fmt.Sprintf("manifest %d: %d bytes set back", res.Seq, res.SetBack), err
 	}}
+}
+
+func (c *fencing) setBack(ctx context.Context) (replica.RewindResult, error) {
+	res, err := c.r.Rewind(ctx, replica.RewindOptions{
+		Failover: lastPart(c.f.Name), Target: replica.Ordinal(c.f.Point), Host: c.s.machine, Reason: kindName(c.f) + " failover",
+	})
+	if err != nil {
+		return res, closeError(err, "set the replica back to point %d", c.f.Point)
+	}
+	return res, nil
 }
 
 // checkpointAge asks for a checkpoint at the end of the chain: what comes next reads from there.

@@ -278,11 +278,11 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 		}
 		switch f.State {
 		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANUP_FAILED, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:
-			f.State, f.Error = typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP, nil
+			f.State, f.Error, f.Force = typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP, nil, r.Force
 			f.CleanupJob = "jobs/" + uuid.Must(uuid.NewV7()).String()
 			return nil
 		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP:
-			return bus.NoChange
+			return force(f, r.Force)
 		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_NONE:
 			if f.CleanupJob != "" {
 				return bus.NoChange // done: the same job is the answer

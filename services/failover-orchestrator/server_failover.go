@@ -384,6 +384,15 @@ func (h *server) CommitFailover(ctx context.Context, r *failoverv1.CommitFailove
 	return &failoverv1.CommitFailoverResponse{Job: j}, nil
 }
 
+// force adds the wish to go on without the copy to a removal that is under way.
+func force(f *failoverv1.Failover, asked bool) error {
+	if f.Force || !asked {
+		return bus.NoChange
+	}
+	f.Force = true
+	return nil
+}
+
 // CancelFailover implements the contract. While steps run the wish is stored, and whoever runs them turns back at once:
 // each of them can be given up at any instruction.
 func (h *server) CancelFailover(ctx context.Context, r *failoverv1.CancelFailoverRequest) (*failoverv1.CancelFailoverResponse, error) {
@@ -396,15 +405,15 @@ func (h *server) CancelFailover(ctx context.Context, r *failoverv1.CancelFailove
 		switch f.Phase {
 		case starting:
 			if f.CancelJob != "" {
-				return bus.NoChange
+				return force(f, r.Force)
 			}
-			f.CancelJob = job
+			f.CancelJob, f.Force = job, r.Force
 			return nil
 		case waitingCommit, failed, cancelFailed:
-			f.Phase, f.Error, f.CancelJob = cancelling, nil, job
+			f.Phase, f.Error, f.CancelJob, f.Force = cancelling, nil, job, r.Force
 			return nil
 		case cancelling:
-			return bus.NoChange
+			return force(f, r.Force)
 		case cancelled:
 			if f.CancelJob != "" {
 				return bus.NoChange

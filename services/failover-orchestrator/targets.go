@@ -112,6 +112,35 @@ func (s *Service) reachable(t target.Target, f *failoverv1.Failover) error {
 // removeTimeout bounds what clean-up asks of storage, on which it does not depend.
 const removeTimeout = 10 * time.Second
 
+// removeOrLeave takes away what a failover made. Where that cannot be done and somebody asked to go on all the same, what
+// is left is named in the record and in the detail of the skipped step; never while the machine is seen to run.
+func (s *Service) removeOrLeave(ctx context.Context, f *failoverv1.Failover) (detail string, err error) {
+	detail, err = s.remove(ctx, f)
+	if err == nil || ctx.Err() != nil || !s.forced(ctx, f) {
+		return detail, err
+	}
+	if t, terr := s.target(f.Target); terr == nil && t.Boots() {
+		if runs, rerr := t.Running(ctx, planOf(f)); runs && rerr == nil {
+			return "", err
+		}
+	}
+	left := fmt.Sprintf("left behind: what is in %s on machine %s, which could not be removed: %v", f.OutDir, f.MachineHost, err)
+	s.log.WarnContext(ctx, "a copy is left behind by force", "failover", f.Name, "folder", f.OutDir, "machine", f.MachineHost, "error", err)
+	if err := s.keep(ctx, f, func(r *failoverv1.Failover) { r.LeftBehind = left }); err != nil {
+		return "", err
+	}
+	return "", skip("%s", left)
+}
+
+// forced says whether somebody asked to go on although the copy cannot be removed, perhaps since f was read.
+func (s *Service) forced(ctx context.Context, f *failoverv1.Failover) bool {
+	if f.Force {
+		return true
+	}
+	r, _, err := s.failovers.Get(ctx, failoverKey(f.Name))
+	return err == nil && !elsewhere(r, f, false) && r.Force
+}
+
 // remove takes away what a failover made, as far as the marker in its folder and the journal say so.
 func (s *Service) remove(ctx context.Context, f *failoverv1.Failover) (detail string, err error) {
 	t, err := s.target(f.Target)

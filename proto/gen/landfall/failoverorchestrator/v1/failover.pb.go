@@ -142,7 +142,8 @@ const (
 	FailoverPhase_FAILOVER_PHASE_UNSPECIFIED FailoverPhase = 0
 	// Steps run.
 	FailoverPhase_FAILOVER_PHASE_STARTING FailoverPhase = 1
-	// The recovered machine is up; commit or cancel is a person's choice.
+	// The recovered machine is up; commit or cancel is a person's choice. With an error it runs and has not shown in time
+	// that it is up.
 	FailoverPhase_FAILOVER_PHASE_WAITING_COMMIT FailoverPhase = 2
 	// The choice becomes final.
 	FailoverPhase_FAILOVER_PHASE_COMMITTING FailoverPhase = 3
@@ -573,7 +574,7 @@ type Failover struct {
 	ReadyTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=ready_time,json=readyTime,proto3" json:"ready_time,omitempty"`
 	// Machine as it was at the point.
 	Machine *v1.Machine `protobuf:"bytes,14,opt,name=machine,proto3" json:"machine,omitempty"`
-	// Error of a failed one.
+	// Error of a failed one, or of one whose machine has not shown in time that it is up.
 	Error *v1.ErrorDetail `protobuf:"bytes,15,opt,name=error,proto3" json:"error,omitempty"`
 	// Revision of the record. Output only.
 	Revision uint64 `protobuf:"varint,16,opt,name=revision,proto3" json:"revision,omitempty"`
@@ -602,7 +603,11 @@ type Failover struct {
 	// When it was committed.
 	CommitTime *timestamppb.Timestamp `protobuf:"bytes,28,opt,name=commit_time,json=commitTime,proto3" json:"commit_time,omitempty"`
 	// Machine on which the orchestrator made the copy: its clean-up runs there.
-	MachineHost   string `protobuf:"bytes,29,opt,name=machine_host,json=machineHost,proto3" json:"machine_host,omitempty"`
+	MachineHost string `protobuf:"bytes,29,opt,name=machine_host,json=machineHost,proto3" json:"machine_host,omitempty"`
+	// Somebody asked to go on although the copy cannot be removed.
+	Force bool `protobuf:"varint,30,opt,name=force,proto3" json:"force,omitempty"`
+	// What of the copy could not be removed and was left behind by force; empty otherwise.
+	LeftBehind    string `protobuf:"bytes,31,opt,name=left_behind,json=leftBehind,proto3" json:"left_behind,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -836,6 +841,20 @@ func (x *Failover) GetCommitTime() *timestamppb.Timestamp {
 func (x *Failover) GetMachineHost() string {
 	if x != nil {
 		return x.MachineHost
+	}
+	return ""
+}
+
+func (x *Failover) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *Failover) GetLeftBehind() string {
+	if x != nil {
+		return x.LeftBehind
 	}
 	return ""
 }
@@ -1268,7 +1287,10 @@ type CancelFailoverRequest struct {
 	// failovers/{failover}; wins over vm.
 	Failover string `protobuf:"bytes,2,opt,name=failover,proto3" json:"failover,omitempty"`
 	// Caller's id of the request.
-	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Go on although the copy cannot be removed, for example because its machine is gone; what is left of it is named in the
+	// job. Never while the copy is seen to run. Also for one that is being removed already.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1322,6 +1344,13 @@ func (x *CancelFailoverRequest) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *CancelFailoverRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 // CancelFailoverResponse has the job.
@@ -1380,7 +1409,10 @@ type CleanUpTestFailoverRequest struct {
 	// Caller's id of the request.
 	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What the test showed, for the record.
-	Notes         string `protobuf:"bytes,4,opt,name=notes,proto3" json:"notes,omitempty"`
+	Notes string `protobuf:"bytes,4,opt,name=notes,proto3" json:"notes,omitempty"`
+	// Go on although the copy cannot be removed, for example because its machine is gone; what is left of it is named in the
+	// job. Never while the copy is seen to run. Also for one that is being removed already.
+	Force         bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1441,6 +1473,13 @@ func (x *CleanUpTestFailoverRequest) GetNotes() string {
 		return x.Notes
 	}
 	return ""
+}
+
+func (x *CleanUpTestFailoverRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 // CleanUpTestFailoverResponse has the job.
@@ -1722,7 +1761,7 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"\aordinal\x18\x03 \x01(\x04H\x00R\aordinal\x12\x1f\n" +
 	"\n" +
 	"latest_app\x18\x04 \x01(\bH\x00R\tlatestAppB\x11\n" +
-	"\bselector\x12\x05\xbaH\x02\b\x01\"\x84\n" +
+	"\bselector\x12\x05\xbaH\x02\b\x01\"\xbb\n" +
 	"\n" +
 	"\bFailover\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
@@ -1760,7 +1799,10 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"cancel_job\x18\x1b \x01(\tR\tcancelJob\x12;\n" +
 	"\vcommit_time\x18\x1c \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"commitTime\x12!\n" +
-	"\fmachine_host\x18\x1d \x01(\tR\vmachineHost\"\x85\x03\n" +
+	"\fmachine_host\x18\x1d \x01(\tR\vmachineHost\x12\x14\n" +
+	"\x05force\x18\x1e \x01(\bR\x05force\x12\x1f\n" +
+	"\vleft_behind\x18\x1f \x01(\tR\n" +
+	"leftBehind\"\x85\x03\n" +
 	"\x18StartTestFailoverRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12M\n" +
 	"\x05point\x18\x02 \x01(\v2/.landfall.failoverorchestrator.v1.PointSelectorB\x06\xbaH\x03\xc8\x01\x01R\x05point\x12P\n" +
@@ -1794,20 +1836,22 @@ const file_landfall_failoverorchestrator_v1_failover_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"B\n" +
 	"\x16CommitFailoverResponse\x12(\n" +
-	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"k\n" +
+	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"\x81\x01\n" +
 	"\x15CancelFailoverRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
 	"\bfailover\x18\x02 \x01(\tR\bfailover\x12&\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\"B\n" +
+	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"B\n" +
 	"\x16CancelFailoverResponse\x12(\n" +
-	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"\x90\x01\n" +
+	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"\xa6\x01\n" +
 	"\x1aCleanUpTestFailoverRequest\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x1a\n" +
 	"\bfailover\x18\x02 \x01(\tR\bfailover\x12&\n" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18@R\trequestId\x12\x1e\n" +
-	"\x05notes\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x05notes\"G\n" +
+	"\x05notes\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\x05notes\x12\x14\n" +
+	"\x05force\x18\x05 \x01(\bR\x05force\"G\n" +
 	"\x1bCleanUpTestFailoverResponse\x12(\n" +
 	"\x03job\x18\x01 \x01(\v2\x16.landfall.types.v1.JobR\x03job\"1\n" +
 	"\x12GetFailoverRequest\x12\x1b\n" +
