@@ -1,113 +1,33 @@
 package guestvm
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/tools/guest"
 )
 
 // execPoll is the pause between questions whether a command in the guest has ended.
 const execPoll = 20 * time.Millisecond
 
-// agent is a client of the lab's guest agent. Its protocol has no ids: each
-// call first synchronises by a number, so that a late answer to an earlier
-// call cannot be taken for this one's.
-type agent struct {
-	mu   sync.Mutex
-	conn net.Conn
-	r    *bufio.Reader
-	sync int
-}
-
-func (a *agent) command(ctx context.Context, name string, args, result any) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if err := a.commandLocked(ctx, name, args, result); err != nil {
-		return fmt.Errorf("guest agent: %w", err)
-	}
-	return nil
-}
-
-func (a *agent) commandLocked(ctx context.Context, name string, args, result any) error {
-	// The connection obeys the context by a deadline in the past.
-	stop := context.AfterFunc(ctx, func() { _ = a.conn.SetDeadline(time.Unix(1, 0)) })
-	defer func() {
-		stop()
-		_ = a.conn.SetDeadline(time.Time{})
-	}()
-	a.sync++
-	if _, err := a.conn.Write([]byte{0xff}); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	if err := a.send("guest-sync-delimited", map[string]int{"id": a.sync}); err != nil {
-		return err
-	}
-	for {
-		if _, err := a.r.ReadBytes(0xff); err != nil {
-			return fmt.Errorf("%s: synchronise: %w", name, err)
-		}
-		var got int
-		if err := a.receive("guest-sync-delimited", &got); err == nil && got == a.sync {
-			break
-		} else if ctx.Err() != nil {
-			return fmt.Errorf("%s: %w", name, ctx.Err())
-		}
-	}
-	if err := a.send(name, args); err != nil {
-		return err
-	}
-	return a.receive(name, result)
-}
-
-func (a *agent) send(name string, args any) error {
-	b, err := json.Marshal(struct {
-		Execute   string `json:"execute"`
-		Arguments any    `json:"arguments,omitempty"`
-	}{name, args})
-	if err == nil {
-		_, err = a.conn.Write(append(b, '\n'))
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	return nil
-}
-
-func (a *agent) receive(name string, result any) error {
-	line, err := a.r.ReadBytes('\n')
-	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	var r reply
-	if err := json.Unmarshal(line, &r); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
-	}
-	if r.Error != nil {
-		r.Error.Command = name
-		return r.Error
-	}
-	if result != nil {
-		if err := json.Unmarshal(r.Return, result); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-	}
-	return nil
-}
-
 // Agent runs a command of the guest agent, through the lab's own agent.
 func (v *VM) Agent(ctx context.Context, name string, args, result any) error {
-	if v.agent == nil {
+	if v.cfg.NoLab {
 		return fmt.Errorf("machine %s has no agent for the lab", v.cfg.Name)
 	}
-	return v.agent.command(ctx, name, args, result)
+	v.agent.Lock() // its socket serves one client
+	defer v.agent.Unlock()
+	a, err := qmp.DialAgent(ctx, v.cfg.labAgentPath())
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	return a.Execute(ctx, name, args, result)
 }
 
 // ExecResult is how a command in the guest ended.

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/qmp"
 	"github.com/landfall-dr/landfall/tools/guest"
 )
 
@@ -37,7 +38,7 @@ type VM struct {
 	exitState string
 
 	monitor *monitor
-	agent   *agent
+	agent   sync.Mutex // one exchange with the lab's agent at a time
 	ack     net.Conn
 	acked   atomic.Uint64
 	readers sync.WaitGroup
@@ -130,11 +131,6 @@ func (v *VM) connect(ctx context.Context) error {
 	if v.cfg.NoLab {
 		return nil
 	}
-	conn, err := dial(ctx, v.cfg.labAgentPath())
-	if err != nil {
-		return v.explain(err)
-	}
-	v.agent = &agent{conn: conn, r: bufio.NewReader(conn)}
 	if v.ack, err = dial(ctx, v.cfg.ackPath()); err != nil {
 		return v.explain(err)
 	}
@@ -233,14 +229,14 @@ func (v *VM) WaitAcked(ctx context.Context, n uint64) error {
 
 // QMP runs a command of the lab's monitor. args and result may be nil.
 func (v *VM) QMP(ctx context.Context, name string, args, result any) error {
-	return v.monitor.command(ctx, name, args, result)
+	return v.monitor.Execute(ctx, name, args, result)
 }
 
 // Events are what QEMU told the lab since the start, the first 1000.
-func (v *VM) Events() []Event {
+func (v *VM) Events() []qmp.Event {
 	v.monitor.mu.Lock()
 	defer v.monitor.mu.Unlock()
-	return append([]Event(nil), v.monitor.events...)
+	return append([]qmp.Event(nil), v.monitor.events...)
 }
 
 // PowerButton presses the button once. Before READY nobody sees it.
@@ -299,9 +295,6 @@ func (v *VM) Close() {
 	}
 	if v.monitor != nil {
 		v.monitor.close()
-	}
-	if v.agent != nil {
-		_ = v.agent.conn.Close()
 	}
 	if v.ack != nil {
 		_ = v.ack.Close()
