@@ -188,6 +188,11 @@ func (h *held) cut(ctx context.Context, m *qmp.Monitor, s *seen, c hostprovider.
 	if c.Consistency == typesv1.Consistency_CONSISTENCY_APPLICATION && degraded == nil {
 		reached = typesv1.Consistency_CONSISTENCY_APPLICATION
 	}
+	defer func() {
+		if err == nil {
+			h.watchRoom()
+		}
+	}()
 	return h.update(func(r *record) {
 		r.Freezing = r.Freezing && !thawed
 		p.Phase = open

@@ -34,6 +34,11 @@ func (h *held) followed(ctx context.Context, m *qmp.Monitor) (*seen, error) {
 			h.d.log.WarnContext(ctx, "thaw what an earlier cut may have left frozen; it will be tried again", "vm", h.id, "error", err)
 		}
 	}
+	if why := h.crowded(); why != "" { // first: the record may need that room
+		if err := h.giveWay(ctx, m, why); err != nil {
+			return nil, err
+		}
+	}
 	if o := h.rec.Open; o != nil && o.Phase == making {
 		if err := h.update((*record).undo); err != nil {
 			return nil, err
@@ -71,6 +76,7 @@ func (h *held) followed(ctx context.Context, m *qmp.Monitor) (*seen, error) {
 	if o := h.rec.Open; o != nil && o.Method == byJob && o.Broken == "" {
 		h.watch(m)
 	}
+	h.watchRoom()
 	if changed {
 		return observe(ctx, m)
 	}
@@ -128,8 +134,8 @@ func (h *held) exportsWhole(s *seen) bool {
 // point recorded. Every step may be repeated. It reports whether it changed anything.
 func (h *held) clean(ctx context.Context, m *qmp.Monitor, s *seen) (bool, error) {
 	keep := uint64(0) // generation of the nodes and exports that stay
-	if h.rec.Open != nil {
-		keep = h.rec.Open.New
+	if o := h.rec.Open; o != nil && (o.pass() || o.Broken == "") { // a broken copy is a burden to the guest, and no use
+		keep = o.New
 	}
 	stale := func(s string) bool {
 		_, g, ok := parse(s)

@@ -57,7 +57,7 @@ func (d *Driver) settle(ctx context.Context, s hostprovider.Settle, pass bool) (
 	if o.pass() != pass {
 		return nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "ordinal %d is a pass or a point, and the call says otherwise", s.Point)
 	}
-	err = h.update(func(r *record) {
+	decide := func(r *record) {
 		p := o.point
 		p.Phase = outcome
 		r.settle(p)
@@ -74,7 +74,11 @@ func (d *Driver) settle(ctx context.Context, s hostprovider.Settle, pass bool) (
 		case pass:
 			r.noBase(p.Ordinal)
 		}
-	})
+	}
+	if err = h.update(decide); err != nil && h.crowded() != "" {
+		h.followSoon(ctx) // the point's own copy takes the room that its end needs
+		err = h.update(decide)
+	}
 	if err != nil {
 		return nil, err
 	}

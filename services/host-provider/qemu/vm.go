@@ -22,6 +22,8 @@ type vm struct {
 	rec *record
 	// stopWatch ends the watcher of a point made by a job; nil when none runs.
 	stopWatch func()
+	// roomWatched is the generation whose frozen copy is watched for room.
+	roomWatched uint64
 	// thawTried is when the agent was last asked to thaw what may have been left frozen.
 	thawTried time.Time
 	// watched is the connection that the watcher uses.
