@@ -73,7 +73,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_UNIMPLEMENTED: {
 		Code:   codes.Unimplemented,
 		Cause:  "The server is older than the client, or the feature is not built yet.",
-		Action: "Compare `landfall version` on both sides; see SCOPE.md for what is not built.",
+		Action: "Compare `landfall version` on both sides; README.md says what is not built.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_CONCURRENT_MODIFICATION: {
 		Code:        codes.Aborted,
@@ -132,7 +132,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_INVALID_STATE: {
 		Code:   codes.FailedPrecondition,
 		Cause:  "The VM, the job or the failover is in a state in which the action is not legal.",
-		Action: "Look at the state with `landfall status VM`; finish or cancel what is running, then repeat the action.",
+		Action: "Look at the state with `landfall status VM` and `landfall failover list VM`; finish or cancel what is under way, then repeat the action.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_ALREADY_PROTECTED: {
 		Code:   codes.AlreadyExists,
@@ -157,7 +157,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_JOB_IN_PROGRESS: {
 		Code:        codes.FailedPrecondition,
 		Cause:       "Another job is working on the same item.",
-		Action:      "Wait for it or cancel it: `landfall jobs --watch`, `landfall jobs cancel JOB`.",
+		Action:      "Wait for it: `landfall jobs` lists them, `landfall jobs show JOB --watch` follows one.",
 		Recoverable: true,
 		RetryAfter:  10 * time.Second,
 	},
@@ -168,13 +168,13 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	},
 	typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID: {
 		Code:   codes.FailedPrecondition,
-		Cause:  "vm.yaml is missing, cannot be parsed, or contradicts itself or the files beside it.",
-		Action: "Correct vm.yaml as the message says; nothing else has to be restarted.",
+		Cause:  "The definition of the machine (vm.yaml, or the YAML beside a QEMU machine's sockets) is missing, cannot be parsed, or contradicts itself, another one, or what it describes.",
+		Action: "Correct the file as the message says; Landfall reads it again by itself.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_MISSING: {
 		Code:   codes.FailedPrecondition,
-		Cause:  "The image file was moved, renamed or deleted, or its volume is not mounted.",
-		Action: "Put the file back, mount its volume, or remove the disk from the VM's definition.",
+		Cause:  "The image file was moved, renamed or deleted, its volume is not mounted, or the disk is not attached to the machine.",
+		Action: "Put the file back, mount its volume, attach the disk, or remove it from the VM's definition.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_DISK_IMAGE_TRUNCATED: {
 		Code:   codes.FailedPrecondition,
@@ -188,8 +188,8 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	},
 	typesv1.ErrorReason_ERROR_REASON_DISK_FORMAT_UNSUPPORTED: {
 		Code:   codes.FailedPrecondition,
-		Cause:  "The image is of a format or a kind (for example differencing or shared) that cannot be protected.",
-		Action: "Convert it with `landfall disk convert` to raw or fixed VHD, or exclude the disk.",
+		Cause:  "The image is of a format or a kind (for example differencing, shared, or without a lasting node name in QEMU) that cannot be protected.",
+		Action: "Do what the message says. An image of another format can be converted by `landfall disk convert` to raw or fixed VHD; a disk that is not needed can be left out of the machine's definition.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_DISK_IN_USE: {
 		Code:        codes.FailedPrecondition,
@@ -253,7 +253,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_POINT_OPEN: {
 		Code:        codes.FailedPrecondition,
 		Cause:       "Another point or pass of the VM has not been settled.",
-		Action:      "Wait for it: `landfall jobs --watch`. The scheduler settles abandoned ones by itself.",
+		Action:      "Wait for it: `landfall status VM`. The scheduler settles abandoned ones by itself.",
 		Recoverable: true,
 		RetryAfter:  5 * time.Second,
 	},
@@ -277,7 +277,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED: {
 		Code:   codes.FailedPrecondition,
 		Cause:  "A failover has closed the lineage; writes from the source no longer count.",
-		Action: "Finish the failover: commit it and protect the recovered VM in reverse, or cancel it.",
+		Action: "Finish the failover: `landfall failover commit VM`, and protect the recovered machine as a new one; or `landfall failover cancel VM`.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_STALE_OPEN: {
 		Code:   codes.FailedPrecondition,
@@ -343,7 +343,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_REDELIVERIES_EXHAUSTED: {
 		Code:   codes.Aborted,
 		Cause:  "A task failed or lost its worker as often as it may be delivered, and was parked.",
-		Action: "See the parked task's reason in `landfall jobs show JOB`; correct it, then `landfall jobs restart JOB`.",
+		Action: "See the parked task's reason in `landfall jobs show JOB` and correct it; the scheduler tries again by itself, or give the command again.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED: {
 		Code:   codes.FailedPrecondition,
@@ -397,7 +397,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_NOT_AT_SAFE_POINT: {
 		Code:   codes.FailedPrecondition,
 		Cause:  "The failover is between two safe points, or is final.",
-		Action: "Wait until the present step has ended and try again; after commit, protect the recovered VM in reverse.",
+		Action: "Wait until the present step has ended and try again. A committed failover is final: the recovered machine is the machine now, and is protected as a new one.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_SNAPSHOT_BROKEN: {
 		Code:        codes.Aborted,
@@ -426,6 +426,6 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT: {
 		Code:   codes.DeadlineExceeded,
 		Cause:  "The recovered machine did not show the sign of life that was asked for: it boots slowly, with another firmware, or has no guest agent.",
-		Action: "Look at the console text and the screenshot named in the job. Try again with another --boot, a longer --boot-timeout or a --console-pattern that the guest prints.",
+		Action: "Look at the console text and the screenshot named in the job. A machine that runs is left as it is and may only be slow: when it is up, use it (a failover: landfall failover commit VM). Else take it away (landfall failover cancel VM, a test: landfall failover cleanup VM) and try again with another --boot, a longer --boot-timeout or a --console-pattern that the guest prints.",
 	},
 }

@@ -51,13 +51,13 @@ func (a *app) testFailoverCommand() *cobra.Command {
 }
 
 func (a *app) cleanUpCommand() *cobra.Command {
-	var wait bool
+	var wait, force bool
 	var failover, notes string
 	c := &cobra.Command{
 		Use: "cleanup [VM]", Short: "Remove everything that a test failover made, and nothing else", Args: cobra.MaximumNArgs(1),
 		Example: "  landfall failover cleanup web-01 --wait --notes 'booted, services answered'",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req := &failoverv1.CleanUpTestFailoverRequest{RequestId: uuid.NewString(), Notes: notes}
+			req := &failoverv1.CleanUpTestFailoverRequest{RequestId: uuid.NewString(), Notes: notes, Force: force}
 			switch {
 			case failover != "":
 				req.Failover = resource("failovers", failover)
@@ -81,6 +81,7 @@ func (a *app) cleanUpCommand() *cobra.Command {
 	}
 	c.Flags().BoolVar(&wait, "wait", false, "wait for the job")
 	c.Flags().StringVar(&failover, "failover", "", "this failover, when the VM has several")
+	c.Flags().BoolVar(&force, "force", false, "go on although the copy cannot be removed, for example because its machine is gone; the job names what is left")
 	c.Flags().StringVar(&notes, "notes", "", "what the test showed, for the record")
 	return c
 }

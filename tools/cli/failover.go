@@ -1,7 +1,9 @@
 package cli
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -98,18 +100,19 @@ func (f *targetFlags) request(cmd *cobra.Command) (kind failoverv1.TargetKind, d
 	return failoverv1.TargetKind_TARGET_KIND_QEMU, dir, settings, nil
 }
 
-// followFailover is followJob; who waits sees the failover at rest afterwards.
+// followFailover is followJob; who waits sees the failover at rest afterwards, also when the job failed.
 func (a *app) followFailover(cmd *cobra.Command, client failoverv1.FailoverServiceClient, j *typesv1.Job, wait bool) error {
-	if err := a.followJob(cmd.Context(), j, wait); err != nil || !wait {
+	err := a.followJob(cmd.Context(), j, wait)
+	if !wait || err != nil && (!errors.Is(err, errSilent) || cmd.Context().Err() != nil) {
 		return err
 	}
-	return a.settled(cmd, func(ctx context.Context) (bool, error) {
+	return cmp.Or(err, a.settled(cmd, func(ctx context.Context) (bool, error) {
 		r, err := client.ListFailovers(ctx, &failoverv1.ListFailoversRequest{Vm: j.Target, PageSize: 1000})
 		return !slices.ContainsFunc(r.GetFailovers(), func(f *failoverv1.Failover) bool {
 			return f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_STARTING || f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANING_UP ||
 				slices.Contains(moving, f.Phase)
 		}), err
-	})
+	}))
 }
 
 // moving are the phases that are not at rest.
@@ -162,8 +165,16 @@ func (a *app) listFailoversCommand() *cobra.Command {
 	}
 }
 
-// failoverLabel says in words where a failover is; a test without a copy any more has been cleaned up.
+// failoverLabel says in words where a failover is, and why a copy that waits for a person has an error.
 func failoverLabel(f *failoverv1.Failover) string {
+	if waits := f.Phase == failoverv1.FailoverPhase_FAILOVER_PHASE_WAITING_COMMIT || f.State == typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP; waits && f.Error != nil {
+		return restLabel(f) + " (" + f.Error.Reason + ")"
+	}
+	return restLabel(f)
+}
+
+// restLabel says in words where a failover is; a test without a copy any more has been cleaned up.
+func restLabel(f *failoverv1.Failover) string {
 	if f.Phase != failoverv1.FailoverPhase_FAILOVER_PHASE_UNSPECIFIED {
 		return label(f.Phase, "FAILOVER_PHASE_")
 	}

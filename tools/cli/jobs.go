@@ -117,7 +117,11 @@ func describeBoot(w io.Writer, b *typesv1.BootEvidence) {
 	if b == nil {
 		return
 	}
-	row(w, "Booted:", fmt.Sprintf("%s after %.1f s", b.Proof, b.Seconds))
+	if b.Proof == "" {
+		row(w, "Not seen up:", fmt.Sprintf("waited %.1f s", b.Seconds))
+	} else {
+		row(w, "Booted:", fmt.Sprintf("%s after %.1f s", b.Proof, b.Seconds))
+	}
 	if b.ConsoleFile != "" {
 		row(w, "Console:", b.ConsoleFile)
 	}

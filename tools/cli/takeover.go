@@ -88,11 +88,14 @@ func (a *app) commitFailoverCommand() *cobra.Command {
 }
 
 func (a *app) cancelFailoverCommand() *cobra.Command {
-	return a.decideCommand("cancel", "Give a failover up: the recovered machine is removed with all it wrote, the source may run again",
+	var force bool
+	c := a.decideCommand("cancel", "Give a failover up: the recovered machine is removed with all it wrote, the source may run again",
 		func(ctx context.Context, client failoverv1.FailoverServiceClient, vm, failover string) (*typesv1.Job, error) {
-			r, err := client.CancelFailover(ctx, &failoverv1.CancelFailoverRequest{Vm: vm, Failover: failover, RequestId: uuid.NewString()})
+			r, err := client.CancelFailover(ctx, &failoverv1.CancelFailoverRequest{Vm: vm, Failover: failover, RequestId: uuid.NewString(), Force: force})
 			return r.GetJob(), err
 		})
+	c.Flags().BoolVar(&force, "force", false, "go on although the copy cannot be removed, because its machine is gone for good; make sure that it never runs again; the job names what is left")
+	return c
 }
 
 // decideCommand ends a failover one way or the other.
