@@ -134,7 +134,8 @@ func (h *held) exportsWhole(s *seen) bool {
 // point recorded. Every step may be repeated. It reports whether it changed anything.
 func (h *held) clean(ctx context.Context, m *qmp.Monitor, s *seen) (bool, error) {
 	keep := uint64(0) // generation of the nodes and exports that stay
-	if o := h.rec.Open; o != nil && (o.pass() || o.Broken == "") { // a broken copy is a burden to the guest, and no use
+	// A broken copy is a burden to the guest, and no use.
+	if o := h.rec.Open; o != nil && (o.pass() || o.Broken == "") {
 		keep = o.New
 	}
 	stale := func(s string) bool {
@@ -246,11 +247,21 @@ func (h *held) removeNodes(ctx context.Context, m *qmp.Monitor, s *seen, stale f
 func (h *held) giveBack(ctx context.Context, m *qmp.Monitor, s *seen, stale func(string) bool) (bool, error) {
 	var options []any
 	var sets []arguments
+	var g graph
 	for _, f := range s.fronts {
 		if what, _, _ := parse(f.root); what != topNode || !stale(f.root) {
 			continue
 		}
-		below, ok := h.below(f)
+		if g == nil {
+			var err error
+			if g, err = blockGraph(ctx, m); err != nil {
+				return false, err
+			}
+		}
+		below, ok := g.below(f.root)
+		if !ok {
+			below, ok = h.below(f)
+		}
 		if !ok {
 			return false, fmt.Errorf("device %s writes through %s and its disk is not known", f.device, f.root)
 		}
