@@ -74,6 +74,12 @@ var rows = []struct {
 	{"grpc", bulkStream},
 	{"commit-requests", commitRequests},
 	{"demo", demonstration},
+	{"guest-rto", guestRow(guestRTO)},
+	{"guest-delta", guestRow(guestDelta)},
+	{"guest-bytes", guestRow(guestBytes)},
+	{"guest-cut", guestRow(guestCut)},
+	{"guest-latency", guestRow(guestLatency)},
+	{"guest-source", guestRow(guestSource)},
 }
 
 // Names of the rows, in order.
@@ -138,7 +144,9 @@ func alternate(ctx context.Context, o *Options, name string, subjects []subject)
 					samples[i] = append(samples[i], got)
 				}
 			}
-			failed[i] = errors.Join(err, os.RemoveAll(folder))
+			if failed[i] = errors.Join(err, os.RemoveAll(folder)); failed[i] != nil {
+				fmt.Fprintf(o.Progress, "%s  %s: %s: FAILED: %v\n", time.Now().Format("15:04:05"), name, s.name, failed[i])
+			}
 		}
 	}
 	var list []Row

@@ -7,6 +7,15 @@
 // and out, with the figures the row is about. Rows of the product's own parts
 // run the Go benchmarks that live beside the code and repeat their figures.
 //
+// Rows whose names begin with guest- boot the lab guest (tools/guest) under
+// software emulation: failovers, increments and bytes with `landfall up --qemu`
+// and its command line; cuts, freezes, the guest's own writes and the reading of
+// changes with the driver and the change-tracker alone, so that a row chooses the
+// moment and the number of cuts. They are skipped, with what is missing, where
+// QEMU or a tool of the guest's builder is not installed. The processor time of
+// QEMU counts in them, and the guest's own work is part of it: so its writer rests
+// where it is not what is measured.
+//
 // Wall times of a busy machine say little: compare ratios within one report.
 // Processor time, bytes and memory are the firm figures. Memory is measured on
 // Linux only, and is reported as absent elsewhere.

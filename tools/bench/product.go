@@ -44,28 +44,43 @@ func startProduct(ctx context.Context, bin, folder, image, policy string) (*prod
 	if err := os.WriteFile(filepath.Join(images, "vm.yaml"), []byte(definition), 0o600); err != nil {
 		return nil, fmt.Errorf("make machine: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(folder, "policy.yaml"), []byte(policy), 0o600); err != nil {
-		return nil, fmt.Errorf("make policy: %w", err)
-	}
-	log, err := os.Create(filepath.Join(folder, "landfall.log"))
+	p, err := launch(bin, folder, "--images", filepath.Join(folder, "images"))
 	if err != nil {
-		return nil, fmt.Errorf("start landfall up: %w", err)
-	}
-	p := &product{bin: filepath.Join(bin, "landfall"), dir: folder, log: log}
-	cmd := exec.Command(p.bin, "up", "--state", p.state(), "--images", filepath.Join(folder, "images"))
-	cmd.Stdout, cmd.Stderr = log, log
-	if p.proc, err = start(cmd); err != nil {
-		_ = log.Close()
 		return nil, err
 	}
 	if _, err = p.export(ctx); err == nil {
-		err = p.cli(ctx, nil, "policy", "apply", "-f", filepath.Join(folder, "policy.yaml"))
+		err = p.apply(ctx, policy)
 	}
 	if err != nil {
 		_, stopped := p.end()
 		return nil, errors.Join(err, stopped)
 	}
 	return p, nil
+}
+
+// launch starts `landfall up` with its state in a folder and machines as args say.
+func launch(bin, folder string, args ...string) (*product, error) {
+	log, err := os.Create(filepath.Join(folder, "landfall.log"))
+	if err != nil {
+		return nil, fmt.Errorf("start landfall up: %w", err)
+	}
+	p := &product{bin: filepath.Join(bin, "landfall"), dir: folder, log: log}
+	cmd := exec.Command(p.bin, append([]string{"up", "--state", p.state()}, args...)...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if p.proc, err = start(cmd); err != nil {
+		_ = log.Close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// apply makes the one policy of a row.
+func (p *product) apply(ctx context.Context, policy string) error {
+	file := filepath.Join(p.dir, "policy.yaml")
+	if err := os.WriteFile(file, []byte(policy), 0o600); err != nil {
+		return fmt.Errorf("make policy: %w", err)
+	}
+	return p.cli(ctx, nil, "policy", "apply", "-f", file)
 }
 
 func (p *product) state() string { return filepath.Join(p.dir, "state") }
@@ -104,23 +119,29 @@ func (p *product) since(m mark) usage {
 
 // cli runs one command and decodes its JSON into out, if there is one.
 func (p *product) cli(ctx context.Context, out any, args ...string) error {
-	args = append(args, "--state", p.state())
 	if out != nil {
 		args = append(args, "-o", "json")
 	}
+	said, err := p.output(ctx, args...)
+	if err != nil || out == nil {
+		return err
+	}
+	if err := json.Unmarshal(said, out); err != nil {
+		return fmt.Errorf("landfall %s: %w", strings.Join(args, " "), err)
+	}
+	return nil
+}
+
+// output runs one command and returns what it prints.
+func (p *product) output(ctx context.Context, args ...string) ([]byte, error) {
+	args = append(args, "--state", p.state())
 	cmd := exec.CommandContext(ctx, p.bin, args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("landfall %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+		return nil, fmt.Errorf("landfall %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
-	if out == nil {
-		return nil
-	}
-	if err := json.Unmarshal(stdout.Bytes(), out); err != nil {
-		return fmt.Errorf("landfall %s: %w", strings.Join(args, " "), err)
-	}
-	return nil
+	return stdout.Bytes(), nil
 }
 
 // waitTimeout bounds the wait for anything that the product should come to by itself.
