@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"buf.build/go/protovalidate"
@@ -81,7 +82,7 @@ func FromStatus(st *status.Status) error {
 	if st == nil || st.Code() == codes.OK {
 		return nil
 	}
-	e := &Error{What: st.Message(), code: st.Code()}
+	e := &Error{What: unretried(st.Message()), code: st.Code()}
 	known := false
 	for _, d := range st.Details() {
 		switch d := d.(type) {
@@ -116,6 +117,16 @@ func FromStatus(st *status.Status) error {
 		e.cause, e.silent = context.DeadlineExceeded, true
 	}
 	return e
+}
+
+// unretried takes away what grpc-go puts before the message of a call that it tried several times.
+func unretried(message string) string {
+	if strings.HasPrefix(message, "max retries exhausted: ") {
+		if _, own, ok := strings.Cut(message, " desc = "); ok {
+			return own
+		}
+	}
+	return message
 }
 
 // FromError turns what a gRPC call returned into an *Error. Nil stays nil; an error that has a reason

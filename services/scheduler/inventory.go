@@ -89,7 +89,7 @@ func (s *Service) lookUp(ctx context.Context, site, vm string) (hits []found, un
 			case err == nil:
 				hits = append(hits, found{h.GetName(), resp.GetMachine()})
 			case reason == typesv1.ErrorReason_ERROR_REASON_VM_NOT_FOUND:
-			case Classify(reason) == ClassFatal:
+			case Classify(reason) == ClassFatal, reason == typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE: // the host has it, and says what is wrong
 				broken = err
 			default:
 				unreachable = append(unreachable, h.GetName())

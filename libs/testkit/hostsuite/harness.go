@@ -179,7 +179,7 @@ func drain[M any, P run[M]](t *testing.T, stream grpc.ServerStreamingClient[M], 
 			require.Empty(t, data)
 			clear(into[off : off+length])
 		} else {
-			require.EqualValues(t, length, len(data))
+			require.Len(t, data, int(length))
 			require.LessOrEqual(t, len(data), mib)
 			require.Equal(t, crc32.Checksum(data, castagnoli), m.GetCrc32C())
 			copy(into[off:], data)
@@ -207,7 +207,7 @@ func (h *harness) shipWindow(pass uint64, scope typesv1.PassScope, d *typesv1.Di
 	})
 	covered, _ := drain(h.t, stream, err, h.replica[d.Id], [2]int64{off, off + n}, 0)
 	if scope == full {
-		require.EqualValues(h.t, n, covered, "a full pass says of every byte what it is: the target may hold something else")
+		require.Equal(h.t, n, covered, "a full pass says of every byte what it is: the target may hold something else")
 	}
 }
 

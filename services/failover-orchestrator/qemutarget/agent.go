@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -44,7 +45,7 @@ func askAgent(ctx context.Context, dir string) error {
 	question := fmt.Appendf([]byte{0xFF}, `{"execute":"guest-sync-delimited","arguments":{"id":%d}}`+"\n", id)
 	in := bufio.NewReaderSize(conn, 64<<10)
 	for {
-		if err := conn.SetDeadline(time.Now().Add(agentRetry)); err != nil {
+		if err := conn.SetDeadline(time.Now().Add(agentRetry)); err != nil { //nolint:forbidigo // a socket's deadline
 			return err
 		}
 		if _, err := conn.Write(question); err != nil {
@@ -70,6 +71,6 @@ func askAgent(ctx context.Context, dir string) error {
 }
 
 func isTimeout(err error) bool {
-	e, ok := err.(net.Error)
-	return ok && e.Timeout()
+	var e net.Error
+	return errors.As(err, &e) && e.Timeout()
 }

@@ -54,7 +54,7 @@ func (t *Target) Boot(ctx context.Context, p target.Plan, progress func(line str
 // up sees to it that the machine runs and answers when it was started.
 func (t *Target) up(ctx context.Context, f *vhdtarget.Folder, p target.Plan, l layout, fw firmware) (time.Time, error) {
 	m := machineOf(p)
-	end := time.Now().Add(t.config.StartTimeout)
+	end := time.Now().Add(t.config.StartTimeout) //nolint:forbidigo // a process is waited for by the real clock
 	for {
 		var found error // why a machine that is there cannot be seen yet
 		if alive, err := m.alive(); err != nil {
@@ -71,7 +71,7 @@ func (t *Target) up(ctx context.Context, f *vhdtarget.Folder, p target.Plan, l l
 		} else if started, err := t.start(ctx, f, p, l, fw); !errors.Is(err, errHeld) {
 			return started, err
 		}
-		if time.Now().After(end) {
+		if time.Now().After(end) { //nolint:forbidigo // as above
 			return time.Time{}, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE, errors.Join(found, errHeld), "reach the machine of %s, which another process started or starts", p.Dir)
 		}
 		if err := pause(ctx, look); err != nil {
@@ -127,13 +127,13 @@ func (t *Target) await(ctx context.Context, m machine, l layout, started time.Ti
 	next := time.Now()
 	for {
 		seen, why := proof == proofNone, ""
-		switch {
-		case proof == proofConsole:
+		switch proof {
+		case proofConsole:
 			var err error
 			if seen, err = text.find(l.pattern); err != nil {
 				return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_TARGET_UNWRITABLE, err, "read the console")
 			}
-		case proof == proofAgent:
+		case proofAgent:
 			select {
 			case err := <-agent:
 				seen = err == nil

@@ -35,7 +35,7 @@ func plain(raw []byte) string {
 		return nil
 	})
 	var b strings.Builder
-	var last rune = '\n'
+	last := '\n'
 	for len(text) > 0 {
 		r, n := utf8.DecodeRune(text)
 		text = text[n:]

@@ -78,7 +78,7 @@ func (m machine) launch(ctx context.Context, program string, args []string, lock
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-timer.C:
-		_ = cmd.Process.Kill() // a child that was not waited for: the pid is its own
+		_ = cmd.Process.Kill() //nolint:errcheck // a child that was not waited for: the pid is its own
 		<-ended
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT, "QEMU was not ready after %s: %s", limit, complaint(log.Name()))
 	}
@@ -103,7 +103,7 @@ func (m machine) shutdown(ctx context.Context, limit time.Duration) error {
 			return err
 		}
 		_ = m.tell(ctx, func(mon *monitor) error { return mon.do(ctx, "system_powerdown", nil, nil) }) // ends by force if nobody listens
-		if gone, err := m.gone(ctx, min(5*time.Second, time.Until(end))); err != nil || gone {
+		if gone, err := m.gone(ctx, min(5*time.Second, time.Until(end))); err != nil || gone {         //nolint:forbidigo // the caller's deadline is by the real clock
 			return err
 		}
 	}

@@ -85,8 +85,8 @@ func TestArguments(t *testing.T) {
 	require.Contains(t, line, "-netdev user,id=net0 ")
 	require.Contains(t, line, "-netdev hubport,id=net1,hubid=1")
 
-	require.Equal(t, identity(p), identity(p))
 	other := p
+	require.Equal(t, identity(p), identity(other))
 	other.Failover = "f2"
 	require.NotEqual(t, identity(p), identity(other))
 	require.Empty(t, Default().Problems())

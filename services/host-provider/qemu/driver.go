@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -63,7 +64,7 @@ func New(c Config, d Deps) (*Driver, error) {
 		d.Log = slog.New(slog.DiscardHandler)
 	}
 	if d.Clock == nil {
-		d.Clock = time.Now
+		d.Clock = time.Now //nolint:forbidigo // the default
 	}
 	c = c.withDefaults()
 	for _, dir := range []*string{&c.StateDir, &c.ScratchDir, &c.SocketDir} {
@@ -138,8 +139,52 @@ func (d *Driver) Refresh(ctx context.Context) error {
 			}
 		})
 	}
+	for _, machine := range d.inv.All() {
+		if slices.Contains(ids, machine.ID) {
+			continue
+		}
+		gate <- struct{}{}
+		all.Go(func() {
+			defer func() { <-gate }()
+			ctx, cancel := context.WithTimeout(ctx, perMachine)
+			defer cancel()
+			if err := d.lookForOrphans(ctx, machine.ID); err != nil && ctx.Err() == nil && !errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE) {
+				d.log.WarnContext(ctx, "look for what a lost record left in a machine; it will be tried again", "vm", machine.ID, "error", err)
+			}
+		})
+	}
 	all.Wait()
 	return ctx.Err()
+}
+
+// lookForOrphans frees a machine without a record from what burdens it: filters, exports and jobs of ours, left when the state
+// folder was deleted. Bitmaps alone burden nobody; they go when the machine is protected again.
+func (d *Driver) lookForOrphans(ctx context.Context, id string) error {
+	h, err := d.hold(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer h.release()
+	if h.rec.Lineage != "" || h.machine.Problem != nil {
+		return nil // it got one meanwhile, or cannot be talked to
+	}
+	m, err := h.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	s, err := observe(ctx, m)
+	if err != nil {
+		return err
+	}
+	burden := len(s.jobs) > 0 || slices.ContainsFunc(s.exports, func(e exported) bool { return ours(e.ID) })
+	for n := range s.nodes {
+		burden = burden || ours(n)
+	}
+	if !burden {
+		return nil
+	}
+	d.log.WarnContext(ctx, "a machine without a record has nodes or exports of a Landfall: they are removed", "vm", id)
+	return h.follow(ctx, m)
 }
 
 // pointsTimeout bounds the look at one machine for a caller who asks often.

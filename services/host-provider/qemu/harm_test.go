@@ -88,7 +88,7 @@ func TestHypervisorKilled(t *testing.T) {
 	s := l.points()
 	require.Equal(t, typesv1.ResyncReason_RESYNC_REASON_BITMAP_LOST, s.ResyncReason)
 	require.Contains(t, s.ResyncDetail, "restarted")
-	require.EqualValues(t, n, s.Base)
+	require.Equal(t, n, s.Base)
 	_, err = l.cut(l.next())
 	requireReason(t, err, typesv1.ErrorReason_ERROR_REASON_RESYNC_REQUIRED)
 	l.restartDriver()
@@ -335,7 +335,7 @@ func TestTrackerDown(t *testing.T) {
 	l.tracker.newest = nil // it lost its state
 	_, err = l.cut(n)
 	require.NoError(t, err)
-	require.EqualValues(t, n, l.tracker.source().Ordinal)
+	require.Equal(t, n, l.tracker.source().Ordinal)
 	_, err = l.settle(n, commit)
 	require.NoError(t, err)
 	require.Nil(t, l.tracker.source())

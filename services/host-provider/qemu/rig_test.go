@@ -159,11 +159,12 @@ func (l *lab) start() {
 	a = append(a, l.extra...)
 	for i, f := range l.formats {
 		a = append(a, "-blockdev", fmt.Sprintf("driver=%s,node-name=%s,discard=unmap,file.driver=file,file.filename=%s", f, disk(i), l.image(i)))
-		if l.machine == "scsi" {
+		switch l.machine {
+		case "scsi":
 			a = append(a, "-device", fmt.Sprintf("scsi-hd,drive=%s,id=dev-%s,bus=hba.0", disk(i), disk(i)))
-		} else if l.machine == "pc" {
+		case "pc":
 			a = append(a, "-device", fmt.Sprintf("ide-hd,drive=%s,id=dev-%s,bus=ide.%d,bootindex=%d", disk(i), disk(i), i, i+1))
-		} else {
+		default:
 			a = append(a, "-device", fmt.Sprintf("virtio-blk-pci,drive=%s,id=dev-%s,bootindex=%d%s", disk(i), disk(i), i+1, l.device))
 		}
 	}

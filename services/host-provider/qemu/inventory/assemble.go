@@ -284,7 +284,11 @@ func problem(findings []*hostproviderv1.Finding) error {
 	reason := errs[0].Reason
 	var what []string
 	for _, f := range errs {
-		what = append(what, f.What)
+		text := f.What
+		if f.Action != "" {
+			text += " (" + f.Action + ")"
+		}
+		what = append(what, text)
 		if f.Reason != reason {
 			reason = typesv1.ErrorReason_ERROR_REASON_VM_DEFINITION_INVALID
 		}
