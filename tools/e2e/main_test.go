@@ -53,6 +53,8 @@ const (
 	scheduler    = "scheduler"
 	scheduler2   = "scheduler-2"
 	orchestrator = "failover-orchestrator"
+	// orchestrator2 is a standby.
+	orchestrator2 = "failover-orchestrator-2"
 )
 
 var services = []string{tracker, host, uploaderName, resync, scheduler, orchestrator}

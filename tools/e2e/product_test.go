@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -106,8 +107,8 @@ func newUpOf(t testing.TB, flag string) *product {
 // uploader and a standby scheduler.
 func newFleet(t testing.TB, twins bool) *product { return newFleetOf(t, twins, driverImagedir) }
 
-// newFleetOf has hosts of a driver.
-func newFleetOf(t testing.TB, twins bool, driver string) *product {
+// newFleetOf has hosts of a driver, and more programs, as orchestrator2.
+func newFleetOf(t testing.TB, twins bool, driver string, more ...string) *product {
 	p := newProduct(t)
 	authority, err := pki.Open(filepath.Join(p.dir, "pki"), time.Now)
 	require.NoError(t, err)
@@ -129,7 +130,7 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 	p.add(natsServer, program(t, natsServer), "LANDFALL_UNUSED", "-c", conf)
 
 	address := map[string]string{}
-	for _, name := range append([]string{uploader2, scheduler2}, services...) {
+	for _, name := range append([]string{uploader2, scheduler2, orchestrator2}, services...) {
 		address[name] = freeAddr(t)
 	}
 	sections := map[string]map[string]any{
@@ -149,6 +150,7 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 	if twins {
 		names = append(append([]string(nil), services...), uploader2, scheduler2)
 	}
+	names = slices.Concat(names, more)
 	for _, name := range names {
 		service := strings.TrimSuffix(name, "-2")
 		id := pki.ServiceIdentity(service)
