@@ -1,12 +1,12 @@
 package bench
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -55,42 +55,79 @@ type received struct {
 	Changed int64     `json:"changedBytes,string"`
 }
 
-// receivedAfter waits for the first point that was cut after a moment. The event says when it was durable, however late it
-// is looked for.
-func (p *product) receivedAfter(ctx context.Context, after time.Time) (r received, err error) {
-	err = p.until(ctx, func() (bool, error) {
-		said, err := p.output(ctx, "events", "--vm", machine, "-o", "json")
+// listener hears the product's events by its command line. It is started before what is measured.
+type listener struct {
+	cmd    *exec.Cmd
+	events *json.Decoder
+	stop   context.CancelFunc
+}
+
+// listen starts to hear events; the first one, of the past, shows that it does. Close it in any case.
+func (p *product) listen(ctx context.Context) (*listener, error) {
+	ctx, cancel := context.WithTimeout(ctx, waitTimeout)
+	l := &listener{cmd: exec.CommandContext(ctx, p.bin, "events", "--follow", "--vm", machine, "--state", p.state(), "-o", "json"), stop: cancel}
+	out, err := l.cmd.StdoutPipe()
+	if err == nil {
+		err = l.cmd.Start()
+	}
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("landfall events: %w", err)
+	}
+	l.events = json.NewDecoder(out)
+	if _, _, err := l.next(); err != nil {
+		l.close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *listener) close() {
+	l.stop()
+	_ = l.cmd.Wait() // it was killed
+}
+
+// next is the next event; ok says that it is of a received point.
+func (l *listener) next() (r received, ok bool, err error) {
+	var e struct {
+		Type    string    `json:"type"`
+		Time    time.Time `json:"time"`
+		Payload string    `json:"payload"`
+	}
+	if err := l.events.Decode(&e); err != nil {
+		return r, false, fmt.Errorf("landfall events: %w", err)
+	}
+	if !strings.HasSuffix(e.Type, "recovery-point.received") {
+		return r, false, nil
+	}
+	r.at = e.Time
+	if err := json.Unmarshal([]byte(e.Payload), &r); err != nil {
+		return r, false, fmt.Errorf("event %s: %w", e.Type, err)
+	}
+	return r, true, nil
+}
+
+// receivedAfter waits for the first point that was cut after a moment.
+func (l *listener) receivedAfter(after time.Time) (received, error) {
+	for {
+		r, ok, err := l.next()
 		if err != nil {
-			return false, err
+			return r, err
 		}
-		for d := json.NewDecoder(bytes.NewReader(said)); d.More(); {
-			var e struct {
-				Type    string    `json:"type"`
-				Time    time.Time `json:"time"`
-				Payload string    `json:"payload"`
-			}
-			if err := d.Decode(&e); err != nil {
-				return false, fmt.Errorf("landfall events: %w", err)
-			}
-			if !strings.HasSuffix(e.Type, "recovery-point.received") {
-				continue
-			}
-			r = received{at: e.Time}
-			if err := json.Unmarshal([]byte(e.Payload), &r); err != nil {
-				return false, fmt.Errorf("event %s: %w", e.Type, err)
-			}
-			if r.CutTime.After(after) {
-				return true, nil
-			}
+		if ok && r.CutTime.After(after) {
+			return r, nil
 		}
-		return false, fmt.Errorf("no point since %s is received, the newest is %+v", after, r)
-	})
-	return r, err
+	}
 }
 
 // shipped waits until everything that was written so far is.
 func (p *product) shipped(ctx context.Context) error {
-	_, err := p.receivedAfter(ctx, time.Now())
+	l, err := p.listen(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.close()
+	_, err = l.receivedAfter(time.Now())
 	return err
 }
 
@@ -122,12 +159,17 @@ func (p *product) increment(ctx context.Context, g *labGuest, write func() error
 	if err != nil {
 		return s, r, 0, err
 	}
+	l, err := p.listen(ctx)
+	if err != nil {
+		return s, r, 0, err
+	}
+	defer l.close()
 	begin, guest := p.mark(), g.cpu()
 	if err := p.cli(ctx, nil, "resume", machine); err != nil {
 		return s, r, 0, err
 	}
 	resumed := time.Since(begin.at)
-	if r, err = p.receivedAfter(ctx, begin.at); err != nil {
+	if r, err = l.receivedAfter(begin.at); err != nil {
 		return s, r, 0, err
 	}
 	s.usage = p.since(begin)
