@@ -26,6 +26,7 @@ func small(size string) option {
 // TestJobsGivenUpAreNotRead: the file of a job that was ended shows the guest's later writes, without an error. Nobody may
 // read it any more before the guest goes on.
 func TestJobsGivenUpAreNotRead(t *testing.T) {
+	t.Parallel()
 	l := bootWriter(t, formats("raw", "vhdx"), configured(byJobs), small("448k"))
 	l.establish()
 	p := l.next()
@@ -72,6 +73,7 @@ func together(size string) option {
 func TestScratchFillsTheState(t *testing.T) {
 	for _, how := range []string{"alive", "restarted", "making"} {
 		t.Run(how, func(t *testing.T) {
+			t.Parallel()
 			l := newLab(t, together("4m"))
 			l.establish()
 			l.copyAll(full)
@@ -109,6 +111,7 @@ func TestScratchFillsTheState(t *testing.T) {
 
 // TestScratchGivesWay: a copy that leaves too little room is given up before others in its file system run out.
 func TestScratchGivesWay(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, together("12m"), configured(func(c *Config) { c.MinScratch = 8 * mib }))
 	l.establish()
 	l.copyAll(full)
@@ -132,6 +135,7 @@ func TestScratchGivesWay(t *testing.T) {
 // TestScratchStopsTheGuest: the copy took the room that the guest's own image needed, while no driver was there. The one that
 // comes gives the room back and lets the guest go on.
 func TestScratchStopsTheGuest(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, booted, formats("raw", "raw"), together("12m"), func(l *lab) { l.images = l.path("one") })
 	l.establish()
 	l.copyAll(full)
@@ -162,4 +166,44 @@ func TestScratchStopsTheGuest(t *testing.T) {
 	_, err = l.settle(n, giveUp)
 	require.NoError(t, err)
 	l.tidy(1)
+}
+
+// TestStateDeleted: everything that the driver kept is deleted while a point is open. The guest is freed of the filter without
+// being asked for, and the machine can be protected again.
+func TestStateDeleted(t *testing.T) {
+	for _, what := range []string{"sockets", "all"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			l.establish()
+			l.copyAll(full)
+			n := l.next()
+			_, err := l.cut(n)
+			require.NoError(t, err)
+			l.stopDriver()
+			require.NoError(t, os.RemoveAll(l.config.SocketDir))
+			if what == "sockets" {
+				l.startDriver()
+				_, err = l.settle(n, giveUp)
+				require.NoError(t, err)
+				l.point()
+				return
+			}
+			require.NoError(t, os.RemoveAll(l.config.StateDir))
+			require.NoError(t, os.RemoveAll(l.config.ScratchDir))
+			l.startDriver()
+			s, err := observe(l.ctx(), l.second)
+			require.NoError(t, err)
+			for n := range s.nodes {
+				require.False(t, ours(n), "node %s is left", n)
+			}
+			l.write("d0", 0, 5000, 9)
+			l.establish()
+			_, err = l.cut(l.next())
+			requireReason(t, err, typesv1.ErrorReason_ERROR_REASON_PASS_REQUIRED)
+			l.copyAll(full)
+			l.point()
+			l.tidy(1)
+		})
+	}
 }

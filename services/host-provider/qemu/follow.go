@@ -153,7 +153,7 @@ func (h *held) clean(ctx context.Context, m *qmp.Monitor, s *seen) (bool, error)
 	}
 	changed = changed || gone
 	if h.rec.Open == nil {
-		stopped, err := h.stopServer(ctx, m)
+		stopped, err := h.stopServer(ctx, m, gone)
 		if err != nil {
 			return false, err
 		}

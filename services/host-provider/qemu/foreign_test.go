@@ -1,6 +1,8 @@
 package qemu
 
 import (
+	"os"
+	"slices"
 	"testing"
 	"time"
 
@@ -43,7 +45,11 @@ func TestForeignWhileOpen(t *testing.T) {
 			return l.second.Execute(l.ctx(), "block-export-add", arguments{"type": "nbd", "id": "their", "node-name": "d0", "name": "their", "writable": true}, nil)
 		},
 	} {
+		if !slices.Contains([]string{"backup", "snapshot", "resize", "reset"}, name) && os.Getenv("LANDFALL_EVERY_STEP") == "" {
+			continue // QEMU refuses them, or nothing happens
+		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			l := newLab(t, formats("qcow2", "qcow2"))
 			if name == "loadvm" {
 				out, err := l.second.HMP(l.ctx(), "savevm x")

@@ -50,12 +50,15 @@ func (h *held) serve(ctx context.Context, m *qmp.Monitor) error {
 }
 
 // stopServer stops our NBD server, so that other programs can have theirs. One that serves other programs too is left.
-func (h *held) stopServer(ctx context.Context, m *qmp.Monitor) (bool, error) {
+//
+// served says that exports of ours were just removed: they were on no server but ours, so it is known even when its socket was
+// deleted, or the record lost.
+func (h *held) stopServer(ctx context.Context, m *qmp.Monitor, served bool) (bool, error) {
 	path := h.rec.Server
 	if path == "" {
-		return false, nil
+		path = h.socketPath()
 	}
-	if _, err := os.Lstat(path); err != nil || !serverAnswers(path) {
+	if _, err := os.Lstat(path); !served && (err != nil || !serverAnswers(path)) {
 		return false, nil
 	}
 	var exports []exported
