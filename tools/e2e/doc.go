@@ -9,8 +9,9 @@
 // replication go on, with a delta and not with a full copy, and did the guest
 // never see an error? Failovers of every kind are attacked in the same way, on
 // the way up and on the way back: did what came up lie within the bounds of its
-// point, did never two machines write, is nothing left behind? They run a short set; LANDFALL_ROBUSTNESS_RUNS=200 (make
-// test-robustness) runs the long one, LANDFALL_SEED another one.
+// point, did never two machines write, is nothing left behind? They run a short
+// set; LANDFALL_ROBUSTNESS_RUNS=200 (make test-robustness) runs the long one,
+// LANDFALL_SEED another one.
 //
 // Programs are taken from the folder LANDFALL_BIN, or built once. What a failed
 // test leaves behind (logs, state, store) stays, and its folder is printed.
