@@ -22,6 +22,31 @@ import (
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
+// sample is some of what a test may try, another choice on every run: LANDFALL_SEED repeats one, LANDFALL_CRASH_RUNS=1
+// tries all.
+func sample[T any](t *testing.T, all []T, n int) []T {
+	t.Helper()
+	if everything() || n >= len(all) {
+		return all
+	}
+	some := make([]T, 0, n)
+	for _, i := range testkit.Rand(t).Perm(len(all))[:n] {
+		some = append(some, all[i])
+	}
+	return some
+}
+
+func everything() bool { return os.Getenv("LANDFALL_CRASH_RUNS") != "" }
+
+// firstOf is where a test begins that tries one of so many, and the stride.
+func firstOf(t *testing.T, stride int64) (first, step int64) {
+	t.Helper()
+	if everything() {
+		return 1, 1
+	}
+	return 1 + testkit.Rand(t).Int64N(stride), stride
+}
+
 var errKilled = errors.New("killed by the test")
 
 // killAt ends an instance when it hits a failpoint: its context ends there, so that nothing after it is written. The
@@ -62,7 +87,7 @@ func (g *rig) requireSucceeded(name string) {
 func TestKillAtEveryStep(t *testing.T) {
 	for _, existing := range []bool{false, true} {
 		g := newRig(t)
-		for _, step := range []string{"check-target", "claim-target", "materialise-disks", "describe-machine"} {
+		for _, step := range sample(t, []string{"check-target", "claim-target", "materialise-disks", "describe-machine"}, 2) {
 			for _, when := range []string{"before-", "after-"} {
 				what := fmt.Sprintf("%s%s, folder was there: %t", when, step, existing)
 				out := filepath.Join(t.TempDir(), "drill")
@@ -108,14 +133,11 @@ func TestKillAtEveryStep(t *testing.T) {
 }
 
 // A process may die at every call to storage, before or after its effect (in turns). LANDFALL_CRASH_RUNS=1 tries every
-// call, not every third.
+// call.
 func TestKillAtEveryStoreCall(t *testing.T) {
 	g := newRig(t)
-	stride := int64(3)
-	if os.Getenv("LANDFALL_CRASH_RUNS") != "" {
-		stride = 1
-	}
-	for n := int64(1); ; n += stride {
+	first, stride := firstOf(t, 5)
+	for n := first; ; n += stride {
 		fault := blobstoretest.Crash
 		if n%2 == 0 {
 			fault = blobstoretest.CrashAfter
