@@ -91,6 +91,9 @@ func (v *vmRun) beginCycle(ctx context.Context) (next, error) {
 	if t := v.rec.GetNextCycleTime(); t != nil {
 		due = t.AsTime()
 	}
+	if due.After(now) { // by a clock that was put back
+		due = now
+	}
 	late := int64(0)
 	if interval > 0 && v.rec.GetState() == Protected {
 		late = int64(max(now.Sub(due), 0) / interval) // fell due while the ladder waited

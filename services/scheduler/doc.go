@@ -46,7 +46,7 @@
 //	FAILED                      FailoverFailed; not followed if it was never seen before and closed nothing
 //	CANCELLING, CANCEL_FAILED   CancellingFailover
 //	CANCELLED                   CancellingFailover until the source was started, then: before the close the state from
-//	                            before, after the open Protected; ResyncRequired if the host needs it. Not followed if it
+//	                            before, after the open Protected or Paused; ResyncRequired if the host needs it. Not followed if it
 //	                            was never seen before.
 //
 // A failover that is not legal is refused once, in ProtectedVm.failover, and the state does not move.
@@ -60,8 +60,11 @@
 //     closes its cycle says READY_TO_CLOSE.
 //   - A machine is released only once it is off and the close is in the chain; it is started only when no close stands above.
 //   - The source of a VM that was failed over is asked again and again to stop, never forced, and the VM is critical until its
-//     host says OFF. Ending protection asks once more, and neither lifts a fence nor starts a machine: the fence stays
+//     host says OFF. It goes on being looked at: one that runs again is not fenced, and before the close what was its last
+//     point is not its last. A cancellation that failed changes nothing about that. Ending protection asks once more, and neither lifts a fence nor starts a machine: the fence stays
 //     until a person lifts it on the host.
+//   - A cancellation raises the epoch before the host hears of it: a request to stop the machine that is still on its way is
+//     refused, and the machine that was started again runs on.
 //   - A cancellation after the close needs no comparison just because the source ran: nothing of the recovered machine is in
 //     the chain, and the host tracked every write since its base. If that base is not above the chain's state, the next delta is
 //     right (protocol rules 3, 5 and 6). A host that lost track, or holds no base, is compared.

@@ -200,7 +200,7 @@ func (v *vmRun) replicate(ctx context.Context) (next, error) {
 		}
 	case Protected:
 		if due := v.rec.GetNextCycleTime(); due != nil {
-			if wait := due.AsTime().Sub(v.now()); wait > 0 {
+			if wait := waitFor(due.AsTime(), v.now(), v.policy.GetCopyInterval().AsDuration()); wait > 0 {
 				return later(wait), nil
 			}
 		}

@@ -33,6 +33,8 @@ const (
 	cancelled  = failoverv1.FailoverPhase_FAILOVER_PHASE_CANCELLED
 	failed     = failoverv1.FailoverPhase_FAILOVER_PHASE_FAILED
 
+	cancelFailed = failoverv1.FailoverPhase_FAILOVER_PHASE_CANCEL_FAILED
+
 	refusedStage = schedulerv1.FailoverStage_FAILOVER_STAGE_REFUSED
 	stopping     = schedulerv1.FailoverStage_FAILOVER_STAGE_STOPPING_SOURCE
 	ready        = schedulerv1.FailoverStage_FAILOVER_STAGE_READY_TO_CLOSE

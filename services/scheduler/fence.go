@@ -17,7 +17,7 @@ import (
 
 // restFence has the host asked at once.
 func (v *vmRun) restFence() {
-	v.m.fenceAt, v.m.fenceTries, v.m.fencePoll, v.m.released = time.Time{}, 0, time.Time{}, ""
+	v.m.fenceAt, v.m.fenceTries, v.m.fencePoll, v.m.watchAt, v.m.released = time.Time{}, 0, time.Time{}, time.Time{}, ""
 }
 
 // fenceGap is the rhythm in which a host is asked about a machine that was failed over.
@@ -29,7 +29,8 @@ func (v *vmRun) fenceGap() time.Duration {
 }
 
 // keepFenced is what a VM does while it is failed over: the host of its source is asked again and again to stop it, until
-// it says that it is off. Once the lineage is closed as well, what is left of it there is released. f may be nil.
+// it says that it is off. Once the lineage is closed as well, what is left of it there is released. It goes on being
+// looked at: a fence is no lock on a power button. f may be nil.
 func (v *vmRun) keepFenced(ctx context.Context, f *failoverv1.Failover) (next, error) {
 	p := v.rec.GetFailover()
 	if p == nil {
@@ -65,7 +66,43 @@ func (v *vmRun) keepFenced(ctx context.Context, f *failoverv1.Failover) (next, e
 		}
 		v.m.released, v.m.fenceTries = p.GetFailover(), 0
 	}
-	return poll, nil
+	n, err := v.watchSource(ctx, v.cfg.FenceRetryMax)
+	return sooner(n, poll), err
+}
+
+// watchSource looks now and then whether a source that was off and fenced still is: its host may have been restarted, and
+// have started its machines. One that runs is not fenced, and what was decided upon its last point is decided again. A host
+// that does not answer proves nothing.
+func (v *vmRun) watchSource(ctx context.Context, gap time.Duration) (next, error) {
+	now := v.now()
+	if now.Before(v.m.watchAt) {
+		return later(v.m.watchAt.Sub(now)), nil
+	}
+	power, err := v.stopMachine(ctx)
+	if errors.Is(err, failpoint.ErrInjected) || ctx.Err() != nil {
+		return next{}, err
+	}
+	v.m.watchAt = now.Add(gap)
+	if err != nil {
+		if n, again, aerr := v.takeEpoch(ctx, err); again || aerr != nil {
+			v.m.watchAt = now
+			return n, aerr
+		}
+		v.log.DebugContext(ctx, "fenced source not looked at", "vm", v.rec.GetName(), "error", err)
+		return later(gap), nil
+	}
+	if power == typesv1.PowerState_POWER_STATE_OFF || power == typesv1.PowerState_POWER_STATE_UNSPECIFIED {
+		return later(gap), nil
+	}
+	v.log.ErrorContext(ctx, "fenced source runs", "vm", v.rec.GetName(), "failover", v.rec.GetFailover().GetFailover(), "power", power.String())
+	v.restFence()
+	return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+		p := rec.GetFailover()
+		p.SourceFenced, p.StopTime = false, timestamppb.New(now)
+		if p.GetStage() == stageReady {
+			p.Stage, p.FinalPoint, p.Error, rec.Retry = stageStopping, 0, nil, nil
+		}
+	})
 }
 
 // settleForRelease ends what the host still holds open of before the failover: as long as it is, its data is kept.
@@ -99,6 +136,7 @@ func (v *vmRun) fence(ctx context.Context, poll next) (next, error) {
 	if err == nil && power == typesv1.PowerState_POWER_STATE_OFF {
 		v.log.InfoContext(ctx, "source is off and fenced", "vm", v.rec.GetName(), "failover", v.rec.GetFailover().GetFailover())
 		v.restFence()
+		v.m.watchAt = v.now().Add(v.cfg.FenceRetryMax)
 		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Failover.SourceFenced, rec.Failover.Error = true, nil })
 	}
 	if errors.Is(err, failpoint.ErrInjected) || ctx.Err() != nil {
@@ -119,7 +157,7 @@ func (v *vmRun) fence(ctx context.Context, poll next) (next, error) {
 	case now.Sub(v.rec.GetFailover().GetStopTime().AsTime()) >= v.cfg.StopTimeout:
 		d = detail(typesv1.ErrorReason_ERROR_REASON_GUEST_DID_NOT_STOP, "the guest of the source still runs", now)
 	}
-	if d.GetReason() != v.rec.GetFailover().GetError().GetReason() {
+	if v.rec.GetState() != CancellingFailover && d.GetReason() != v.rec.GetFailover().GetError().GetReason() {
 		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Failover.Error = d })
 	}
 	return sooner(later(v.fenceGap()), poll), nil

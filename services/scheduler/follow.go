@@ -64,8 +64,8 @@ func (v *vmRun) failoverInHand() *failoverv1.Failover {
 	if i < 0 {
 		i = len(all)
 	}
-	for _, g := range all[:i] { // newer ones: another try
-		if calls(g) && v.mayReplace(g, i == len(all) || all[i].GetPhase() == phaseCancelled) {
+	for _, g := range all { // another try; what was asked for first is no matter: clocks are put back
+		if g.GetName() != name && calls(g) && v.mayReplace(g, i == len(all) || all[i].GetPhase() == phaseCancelled) {
 			return g
 		}
 	}
@@ -255,9 +255,37 @@ func (v *vmRun) walk(ctx context.Context, f *failoverv1.Failover) (next, error) 
 		case f.GetPhase() == phaseCancelled:
 			return v.finishCancel(ctx, f)
 		}
-		return next{}, nil
+		return v.awaitCancel(ctx, f)
 	}
 	return v.keepFenced(ctx, f)
+}
+
+// awaitCancel is what a VM does while its failover is being cancelled. When that failed the recovered machine may be there
+// still: the source is kept off as before, but not released, until the cancellation is tried again.
+func (v *vmRun) awaitCancel(ctx context.Context, f *failoverv1.Failover) (next, error) {
+	p := v.rec.GetFailover()
+	if f.GetPhase() != phaseCancelFailed {
+		if p.GetError() == nil {
+			return next{}, nil
+		}
+		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Failover.Error = nil })
+	}
+	if p.GetError() == nil {
+		d := clone(f.GetError())
+		if d.GetReason() == "" {
+			d = detail(typesv1.ErrorReason_ERROR_REASON_INTERNAL, "no reason was recorded", v.now())
+		}
+		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Failover.Error = d })
+	}
+	switch now := v.now(); {
+	case p.GetStage() != stageClosed || !closedOnly(f):
+		return next{}, nil
+	case p.GetSourceFenced():
+		return v.watchSource(ctx, v.cfg.FenceRetryMax)
+	case now.Before(v.m.fenceAt):
+		return later(v.m.fenceAt.Sub(now)), nil
+	}
+	return v.fence(ctx, next{})
 }
 
 // leave moves on from a failover in progress. A cycle that was in hand for it is given up.
@@ -269,6 +297,10 @@ func (v *vmRun) leave(ctx context.Context, event Event) (next, error) {
 		dropWork(rec)
 		if rec.GetFailover().GetFrom() != ReplicationError {
 			rec.Retry = nil
+		}
+		if event == EvCancelFailover { // what was asked of the host until now is refused from here on: it may still arrive
+			rec.Epoch++
+			rec.Failover.Error = nil
 		}
 		if event == EvTargetRunning {
 			rec.ActiveLocation = typesv1.ActiveLocation_ACTIVE_LOCATION_RECOVERY
@@ -332,9 +364,9 @@ func (v *vmRun) finishCancel(ctx context.Context, f *failoverv1.Failover) (next,
 	case v.rec.GetResyncReason() != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED,
 		from == ResyncRequired, from == Resynchronizing, from == ResyncPaused:
 		event = EvCancelledDiverged
-	case closed != 0:
 	case from == Paused:
 		event = EvCancelledPaused
+	case closed != 0: // an error of before was most often that very close
 	case from == ReplicationError:
 		event = EvCancelledError
 	}
@@ -360,7 +392,7 @@ func cancelled(rec *schedulerv1.ProtectedVm) {
 // notFenced reports whether two copies of the VM may run.
 func notFenced(vm *schedulerv1.ProtectedVm) bool {
 	p := vm.GetFailover()
-	if p == nil || p.GetSourceFenced() || vm.GetState() == CancellingFailover {
+	if p == nil || p.GetSourceFenced() || vm.GetState() == CancellingFailover && p.GetError() == nil {
 		return false
 	}
 	return vm.GetState() == UnplannedFailoverInProgress || p.GetStage() == schedulerv1.FailoverStage_FAILOVER_STAGE_CLOSED

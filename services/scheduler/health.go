@@ -104,7 +104,13 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 			text += ": " + e.GetWhat()
 		}
 		add(critical, HealthFailoverFailed, text, "See the failover's job; then try again or cancel the failover.")
-	case FailedOver, Committed, FailedBack, AwaitingReverse:
+	case CancellingFailover:
+		if e := vm.GetFailover().GetError(); e != nil {
+			add(critical, HealthFailoverFailed, "the failover could not be cancelled: "+e.GetWhat(), "See the cancellation's job; then cancel the failover again.")
+		}
+	case CommitFailed:
+		add(critical, HealthFailoverFailed, "the failover could not be committed", "See the commit's job; then commit the failover again, or cancel it.")
+	case FailedOver, Committing, Committed, FailedBack, AwaitingReverse:
 		add(warning, HealthNotReversed, "the VM is not protected in its present place", "Finish the failover and reverse replication.")
 	}
 	if behind {

@@ -53,7 +53,17 @@ func (v *vmRun) retryWait() time.Duration {
 	if at == nil {
 		return 0
 	}
-	return max(at.AsTime().Sub(v.now()), 0)
+	return waitFor(at.AsTime(), v.now(), Gap(int32(len(rungs)), v.cfg.RetryUnit))
+}
+
+// waitFor is how long it is until a time that was set at most gap ahead. One that is much further away was set by a clock
+// that was put back since: it is due.
+func waitFor(at, now time.Time, gap time.Duration) time.Duration {
+	wait := at.Sub(now)
+	if wait < 0 || wait > 2*gap {
+		return 0
+	}
+	return wait
 }
 
 // climb is the retry record after one more failure at now. Climbing from nil begins a new series.

@@ -3,6 +3,7 @@ package scheduler
 import (
 	"context"
 	"errors"
+	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -33,10 +34,15 @@ func (v *vmRun) planned(ctx context.Context, f *failoverv1.Failover) (next, erro
 	case stageRefused: // until the orchestrator has failed it
 		return next{}, nil
 	case stageReady:
-		if closed, n, err := v.pollClose(ctx, f); !closed {
-			return n, err
+		closed, poll, err := v.pollClose(ctx, f)
+		if err != nil {
+			return poll, err
 		}
-		return atOnce, v.stage(ctx, stageClosed)
+		if closed {
+			return atOnce, v.stage(ctx, stageClosed)
+		}
+		n, err := v.watchSource(ctx, v.cfg.FenceRetry) // the close may be long in coming
+		return sooner(n, poll), err
 	case stageClosed:
 		return v.keepFenced(ctx, f)
 	}
@@ -96,6 +102,7 @@ func (v *vmRun) stopSource(ctx context.Context) (next, error) {
 	}
 	if power == typesv1.PowerState_POWER_STATE_OFF {
 		v.m.reconciled = false // what the host holds is looked at once more before the last cut
+		v.m.watchAt = time.Time{}
 		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
 			rec.Failover.Stage, rec.Failover.SourceFenced, rec.Failover.Error, rec.Retry = stageSending, true, nil, nil
 		})

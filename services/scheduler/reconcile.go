@@ -96,6 +96,7 @@ type memory struct {
 
 	fenceAt    time.Time // when to ask the host next about the machine that was failed over
 	fenceTries int
+	watchAt    time.Time // when to look next whether a fenced machine is still off
 	fencePoll  time.Time // when to ask storage next whether the failover has closed the lineage
 	released   string    // failover whose machine this process has released
 
@@ -111,7 +112,7 @@ func (m *memory) restart(lineage string) {
 	m.endRoot(nil)
 	m.lineage, m.reconciled, m.adoptedEpoch, m.status, m.chain = lineage, false, 0, nil, nil
 	m.cutHere, m.published, m.publishedAt, m.attempt, m.nextPoll, m.quiet = 0, 0, time.Time{}, 0, time.Time{}, 0
-	m.badExports, m.fenceAt, m.fenceTries, m.fencePoll, m.released = 0, time.Time{}, 0, time.Time{}, ""
+	m.badExports, m.fenceAt, m.fenceTries, m.fencePoll, m.watchAt, m.released = 0, time.Time{}, 0, time.Time{}, time.Time{}, ""
 	m.cycles, m.job, m.jobRev, m.jobAt = cycleLog{}, nil, 0, time.Time{}
 }
 

@@ -2,6 +2,7 @@ package schedulertest
 
 import (
 	"context"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -22,13 +23,18 @@ type Failover struct {
 
 // StartFailover writes the record of a failover in its first phase.
 func (w *World) StartFailover(h *Host, id string, kind failoverv1.FailoverKind) *Failover {
+	return w.StartFailoverAt(h, id, kind, time.Now())
+}
+
+// StartFailoverAt is StartFailover by another clock.
+func (w *World) StartFailoverAt(h *Host, id string, kind failoverv1.FailoverKind, at time.Time) *Failover {
 	kv, err := bus.OpenKV[*failoverv1.Failover](testkit.Context(w.t), w.Bus, bus.BucketFailovers)
 	require.NoError(w.t, err)
 	rec := w.Record(h)
 	require.NotNil(w.t, rec)
 	_, err = kv.Create(testkit.Context(w.t), bus.Key(id), &failoverv1.Failover{
 		Name: "failovers/" + id, Vm: rec.GetName(), Lineage: rec.GetLineage(), Kind: kind,
-		Phase: failoverv1.FailoverPhase_FAILOVER_PHASE_STARTING, CreateTime: timestamppb.Now(),
+		Phase: failoverv1.FailoverPhase_FAILOVER_PHASE_STARTING, CreateTime: timestamppb.New(at),
 	})
 	require.NoError(w.t, err)
 	return &Failover{w: w, kv: kv, id: id, line: rec.GetLineage()}

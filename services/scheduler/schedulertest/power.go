@@ -36,6 +36,13 @@ func (h *Host) Stubborn(yes bool) {
 	h.stubborn = yes
 }
 
+// TurnOn is somebody who starts the machine at its host, past Landfall: a fence is no lock on the power button.
+func (h *Host) TurnOn() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.off, h.released = false, false
+}
+
 // TrackByBitmaps has tracking live in the hypervisor's process: it does not survive ReleaseMachine.
 func (h *Host) TrackByBitmaps() {
 	h.mu.Lock()
