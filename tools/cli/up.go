@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"time"
 
@@ -52,6 +54,9 @@ QEMU with one for Landfall alone, and with names for its disks' nodes.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
 			if err := machinesFolder(o); err != nil {
+				return err
+			}
+			if err := wellNamed(o); err != nil {
 				return err
 			}
 			if err := failpoint.Arm(os.Getenv("LANDFALL_FAILPOINTS")); err != nil {
@@ -122,6 +127,22 @@ func machinesFolder(o allinone.Options) error {
 	}
 	if !info.IsDir() {
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "%s: %s is not a folder", flag, folder)
+	}
+	return nil
+}
+
+// token is a name that is part of events' subjects (docs/events.md).
+var token = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
+
+// wellNamed checks the names and the address of this run before anything is made.
+func wellNamed(o allinone.Options) error {
+	for _, f := range []struct{ flag, value string }{{"--site", o.Site}, {"--host", o.Host}} {
+		if !token.MatchString(f.value) {
+			return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "%s %q: it can be 1 to 64 of a-z, 0-9 and inner hyphens", f.flag, f.value)
+		}
+	}
+	if _, _, err := net.SplitHostPort(o.Listen); err != nil {
+		return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "--listen %q: it must be ADDRESS:PORT, for example 127.0.0.1:7443", o.Listen)
 	}
 	return nil
 }

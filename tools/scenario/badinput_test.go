@@ -26,6 +26,9 @@ var rpoLine = regexp.MustCompile(`(?m)^ *"rpo":.*$`)
 // rpoText is the same in tables.
 var rpoText = regexp.MustCompile(`(?m)(RPO: |protected normal )[0-9.µnm]+s`)
 
+// stepTime is how long a step of a job took.
+var stepTime = regexp.MustCompile(`(?m)^(Step \S+: \S+) in [0-9.]+ s(:|$)`)
+
 // left is everything that a command may leave behind, as text.
 func (l *lab) left() string {
 	l.t.Helper()
@@ -34,7 +37,7 @@ func (l *lab) left() string {
 		r := l.ok(args...)
 		b.WriteString(strings.Join(args, " ") + "\n" + rpoLine.ReplaceAllString(r.out, ""))
 	}
-	for _, dir := range []string{filepath.Join(l.state, "store", "containers"), l.images, l.root} {
+	for _, dir := range []string{filepath.Join(l.state, "store", "containers"), l.images, l.root, l.qemu.Machines, l.qemu.Scratch} {
 		entries, err := os.ReadDir(dir)
 		if os.IsNotExist(err) {
 			continue

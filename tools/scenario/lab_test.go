@@ -47,6 +47,7 @@ type lab struct {
 	t             *testing.T
 	root          string
 	images, state string
+	qemu          allinone.QEMU // instead of images, where it says something
 	logs          *testkit.Logs
 	tracer        trace.TracerProvider
 	stop          func()
@@ -107,9 +108,13 @@ func (l *lab) up() {
 	defer func() { l.t.Logf("up in %s", time.Since(begun).Round(time.Millisecond)) }()
 	ctx, cancel := context.WithCancel(context.Background())
 	ready, ended := make(chan struct{}), make(chan error, 1)
+	images := l.images
+	if l.qemu.Machines != "" {
+		images = ""
+	}
 	go func() {
 		ended <- allinone.Run(ctx, allinone.Options{
-			State: l.state, Images: l.images, Listen: "127.0.0.1:0", NBDListen: "127.0.0.1:0", Site: "local", Host: "host-1", Version: "test",
+			State: l.state, Images: images, QEMU: l.qemu, Listen: "127.0.0.1:0", NBDListen: "127.0.0.1:0", Site: "local", Host: "host-1", Version: "test",
 			Logger: slog.New(l.logs.Handler()), Tracer: l.tracer, Meter: noop.NewMeterProvider(), Clock: time.Now, Signals: make(chan os.Signal),
 			OnReady: func(address string) {
 				err := cli.WriteClientConfig(l.state, cli.ClientConfig{
@@ -278,6 +283,18 @@ func (l *lab) normal(s string) string {
 		s = p.re.ReplaceAllString(s, p.to)
 	}
 	return s
+}
+
+// misused runs a command that is wrong as it stands: nobody is asked. Only its first line is text, usage follows.
+func (l *lab) misused(args ...string) string {
+	l.t.Helper()
+	r := l.run(args...)
+	require.Equal(l.t, 2, r.code, "landfall %s\n%s%s", strings.Join(args, " "), r.out, r.err)
+	require.Empty(l.t, r.out)
+	first, usage, _ := strings.Cut(r.err, "\n")
+	require.Contains(l.t, usage, "Usage:\n  landfall", "landfall %s", strings.Join(args, " "))
+	r.err = first + "\n"
+	return l.transcript(r)
 }
 
 // transcript is a command as a reader sees it.

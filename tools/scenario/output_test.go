@@ -130,7 +130,7 @@ func squeeze(s string) string {
 	for line := range strings.Lines(s) {
 		b.WriteString(strings.Join(strings.Fields(line), " ") + "\n")
 	}
-	return rpoText.ReplaceAllString(b.String(), "$1<rpo>")
+	return stepTime.ReplaceAllString(rpoText.ReplaceAllString(b.String(), "$1<rpo>"), "$1 in <time>$2")
 }
 
 // stream runs a command that goes on until it is interrupted.

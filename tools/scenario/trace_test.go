@@ -38,16 +38,20 @@ replication cycle
 const copyTrace = `
 replication pass
   begin pass
-    landfall.changetracker.v1.ChangeTrackerService/BeginPass
-      landfall.changetracker.v1.ChangeTrackerService/BeginPass
+    landfall.hostprovider.v1.HostService/BeginPass
+      landfall.hostprovider.v1.HostService/BeginPass
+        landfall.changetracker.v1.ChangeTrackerService/BeginPass
+          landfall.changetracker.v1.ChangeTrackerService/BeginPass
   publish tasks
     task ship
       landfall.changetracker.v1.ChangeTrackerService/ReadRanges
         landfall.changetracker.v1.ChangeTrackerService/ReadRanges
       event pass-task.shipped
   settle
-    landfall.changetracker.v1.ChangeTrackerService/SettlePass
-      landfall.changetracker.v1.ChangeTrackerService/SettlePass
+    landfall.hostprovider.v1.HostService/SettlePass
+      landfall.hostprovider.v1.HostService/SettlePass
+        landfall.changetracker.v1.ChangeTrackerService/SettlePass
+          landfall.changetracker.v1.ChangeTrackerService/SettlePass
   publish tasks
     task apply
 `
