@@ -263,7 +263,7 @@ func TestAgent(t *testing.T) {
 				Execute   string
 				Arguments struct{ ID int64 }
 			}
-			if json.Unmarshal([]byte(strings.TrimLeft(line, "\xff")), &m) != nil {
+			if json.Unmarshal([]byte(strings.ReplaceAll(line, "\xff", "")), &m) != nil {
 				return
 			}
 			switch m.Execute {

@@ -202,6 +202,6 @@ func testActive(vm string, other *failoverv1.Failover) error {
 }
 
 func failoverActive(vm string, other *failoverv1.Failover) error {
-	return errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_ACTIVE, "%s has a %s failover, %s, which is %s", vm, kindName(other), lastPart(other.Name),
+	return errcat.New(typesv1.ErrorReason_ERROR_REASON_FAILOVER_ACTIVE, "%s has %s failover, %s, which is %s", vm, article(kindName(other)), lastPart(other.Name),
 		strings.ReplaceAll(word(other.Phase.String(), "FAILOVER_PHASE_"), "-", " ")).With("failover", other.Name)
 }

@@ -113,6 +113,14 @@ func word(name, prefix string) string {
 	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, prefix), "_", "-"))
 }
 
+// article puts the one before a word that it needs.
+func article(word string) string {
+	if strings.ContainsRune("aeiou", rune(word[0])) {
+		return "an " + word
+	}
+	return "a " + word
+}
+
 // storeError gives an error of the bus or the store its reason, unless it has one.
 func storeError(err error) error {
 	var known *errcat.Error

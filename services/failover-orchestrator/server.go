@@ -274,7 +274,7 @@ func (h *server) CleanUpTestFailover(ctx context.Context, r *failoverv1.CleanUpT
 	}
 	f, _, err := h.s.failovers.Mutate(ctx, failoverKey(name), func(f *failoverv1.Failover) error {
 		if !isTest(f) {
-			return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "%s is a %s failover: commit or cancel it", lastPart(name), kindName(f))
+			return errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_STATE, "%s is %s failover: commit or cancel it", lastPart(name), article(kindName(f)))
 		}
 		switch f.State {
 		case typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, typesv1.TestFailoverState_TEST_FAILOVER_STATE_CLEANUP_FAILED, typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED:

@@ -124,7 +124,7 @@ func (t *Target) await(ctx context.Context, m machine, l layout, started time.Ti
 		go func() { agent <- awaitAgent(waiting, m.dir) }()
 	}
 	text := console{path: filepath.Join(m.dir, ConsoleFile)}
-	next := time.Now()
+	next := time.Now() //nolint:forbidigo // how often is measured by the real clock
 	for {
 		seen, why := proof == proofNone, ""
 		switch proof {
@@ -163,8 +163,8 @@ func (t *Target) await(ctx context.Context, m machine, l layout, started time.Ti
 			e.Seconds = t.now().Sub(started).Seconds()
 			return e, err
 		}
-		if progress != nil && time.Now().After(next) {
-			next = time.Now().Add(reportEvery)
+		if progress != nil && time.Now().After(next) { //nolint:forbidigo // how often is measured by the real clock
+			next = time.Now().Add(reportEvery) //nolint:forbidigo // how often is measured by the real clock
 			progress(fmt.Sprintf("waiting for %s; %s", awaited, lastWords(&typesv1.BootEvidence{ConsoleTail: consoleTail(text.path)})))
 		}
 		if err := pause(waiting, look); err != nil && ctx.Err() != nil {

@@ -78,8 +78,8 @@ func (m machine) launch(ctx context.Context, program string, args []string, lock
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-timer.C:
-		_ = cmd.Process.Kill() //nolint:errcheck // a child that was not waited for: the pid is its own
-		<-ended
+		_ = cmd.Process.Kill() // a child that was not waited for: the pid is its own
+		<-ended                //nolint:errcheck // how it ended does not matter any more
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_TARGET_DID_NOT_BOOT, "QEMU was not ready after %s: %s", limit, complaint(log.Name()))
 	}
 }

@@ -388,7 +388,7 @@ func (a *agentd) serve(c net.Conn) {
 			Execute   string
 			Arguments struct{ ID int64 }
 		}
-		if json.Unmarshal([]byte(strings.TrimLeft(line, "\xff")), &m) != nil {
+		if json.Unmarshal([]byte(strings.ReplaceAll(line, "\xff", "")), &m) != nil {
 			continue
 		}
 		var out any
