@@ -27,6 +27,8 @@
 //     does, whoever still works on it.
 //  7. A lineage is closed under one failover's id. One that failed after its
 //     close is started again under the same id, or cancelled; none takes its place.
+//     One that failed before is replaced: its fate first, then the new record, then
+//     its end. A VM whose failover is over, and that has no other, has its source started.
 //  8. The recovered disks come from the manifests of the chosen point, never from
 //     the chain's newest state, so that a rewind by an orchestrator that does not
 //     know yet that its failover was started again at another point spoils no

@@ -15,6 +15,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/replica"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -345,16 +346,53 @@ func (s *Service) failoversOf(ctx context.Context, vm string) ([]*failoverv1.Fai
 }
 
 // rivalFailover is another failover of the same VM that goes before f: one that is not over, or of two that begin at
-// once the one asked for first.
+// once the one asked for first. A failed one that f replaces is ended by this.
 func (s *Service) rivalFailover(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
 	all, err := s.failoversOf(ctx, f.Vm)
 	if err != nil {
 		return nil, err
 	}
 	for _, o := range all {
-		if o.Name != f.Name && !over(o) && (o.Phase != starting || age(o, f) < 0) {
+		if o.Name == f.Name || over(o) || o.Phase == starting && age(o, f) >= 0 {
+			continue
+		}
+		if ended, err := s.replaced(ctx, o); err != nil {
+			return nil, err
+		} else if !ended {
 			return o, nil
 		}
 	}
 	return nil, nil
+}
+
+// replaced ends a failed failover of which it was decided that it never closes the lineage, because another one takes its
+// place; false when it is not one.
+func (s *Service) replaced(ctx context.Context, o *failoverv1.Failover) (bool, error) {
+	if o.Phase != failed {
+		return false, nil
+	}
+	lineage, err := lineageOf(o)
+	if err != nil {
+		return false, err
+	}
+	stands := ""
+	if _, err := s.fateJournal(lineage, o).done(ctx, fate, &stands); err != nil || stands != fateCancel {
+		return false, storeError(err)
+	}
+	r, _, err := s.failovers.Mutate(ctx, failoverKey(o.Name), func(r *failoverv1.Failover) error {
+		if r.Phase != failed {
+			return bus.NoChange
+		}
+		r.Phase = cancelled
+		return nil
+	})
+	return r.GetPhase() == cancelled, storeError(err)
+}
+
+func lineageOf(f *failoverv1.Failover) (replica.Lineage, error) {
+	lineage, err := replica.ParseLineage(f.Lineage)
+	if err != nil {
+		return "", errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "failover %s", lastPart(f.Name))
+	}
+	return lineage, nil
 }

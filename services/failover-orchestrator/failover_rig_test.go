@@ -214,6 +214,14 @@ type source struct {
 	running bool
 	hold    schedulerv1.FailoverStage // not left until it is changed
 	refuse  *typesv1.ErrorDetail
+	follows string // the newest failover that was begun
+}
+
+// replaced says whether the source follows another failover than the named one.
+func (s *source) replaced(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.follows != "" && s.follows != name
 }
 
 // follow plays the scheduler until the test ends.
@@ -261,6 +269,11 @@ func (s *source) look(ctx context.Context, f *failoverv1.Failover) {
 		phaseFailed:     typesv1.ProtectionState_PROTECTION_STATE_FAILOVER_FAILED,
 	}[f.Phase]
 	planned := f.Kind == failoverv1.FailoverKind_FAILOVER_KIND_PLANNED
+	if f.Phase == phaseStarting {
+		s.set(func(s *source) { s.follows = f.Name })
+	} else if s.replaced(f.Name) {
+		return
+	}
 	if f.Phase == phaseStarting {
 		state = typesv1.ProtectionState_PROTECTION_STATE_UNPLANNED_FAILOVER_IN_PROGRESS
 		if planned {

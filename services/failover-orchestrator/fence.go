@@ -35,8 +35,13 @@ const (
 
 // fateOf settles the fate of a failover and says what stands.
 func (s *Service) fateOf(ctx context.Context, lineage replica.Lineage, f *failoverv1.Failover, answer string) (string, error) {
-	stands, err := newJournal(s.deps.Store, lineage, lastPart(f.Name), "", s.deps.Clock).decide(ctx, fate, answer)
+	stands, err := s.fateJournal(lineage, f).decide(ctx, fate, answer)
 	return stands, storeError(err)
+}
+
+// fateJournal is where the fate of a failover stands, whichever of its jobs asks.
+func (s *Service) fateJournal(lineage replica.Lineage, f *failoverv1.Failover) *journal {
+	return newJournal(s.deps.Store, lineage, lastPart(f.Name), "", s.deps.Clock)
 }
 
 // close fences the lineage: whatever the source still sends does not count any more.
@@ -84,7 +89,7 @@ func (c *fencing) choose() step {
 		if err != nil {
 			return nil, "", err
 		}
-		if c.last != 0 && point.Ordinal != c.last {
+		if point.Ordinal < c.last { // a newer one is of a source that was found running and stopped again before the close
 			return nil, "", errcat.New(typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN, "the newest point is %d, and the last one of the source was %d", point.Ordinal, c.last)
 		}
 		m, err := c.r.Find(ctx, point.Ordinal)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/replica"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -175,7 +176,7 @@ func (b *beginning) judge(ctx context.Context, all []*failoverv1.Failover) error
 	}
 	switch {
 	case b.again == nil && !allowed:
-		return illegal("a "+word(r.Kind.String(), "FAILOVER_KIND_")+" failover", vm)
+		return illegal(article(word(r.Kind.String(), "FAILOVER_KIND_"))+" failover", vm)
 	case b.again == nil && state.Closed():
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED, "the lineage of %s is closed by %s", vm.DisplayName, state.Fence.Failover)
 	}
@@ -186,7 +187,7 @@ func (b *beginning) judge(ctx context.Context, all []*failoverv1.Failover) error
 		}
 		return err
 	}
-	if !r.AcceptUnfenced && !b.again.GetAcceptUnfenced() && !fenced(vm) {
+	if !r.AcceptUnfenced && !b.again.GetAcceptUnfenced() && !fenced(vm, all) {
 		return errcat.New(typesv1.ErrorReason_ERROR_REASON_SOURCE_NOT_FENCED, "%s is not known to be off at its site", vm.DisplayName)
 	}
 	points, err := chain.Points(ctx)
@@ -197,8 +198,17 @@ func (b *beginning) judge(ctx context.Context, all []*failoverv1.Failover) error
 	return err
 }
 
-// fenced says whether the VM's host has said that the source is fenced and off.
-func fenced(vm *schedulerv1.ProtectedVm) bool { return vm.GetFailover().GetSourceFenced() }
+// fenced says whether the VM's host has said that the source is fenced and off. That is for one failover: when it is
+// cancelled the source is started, and the record may not say so yet.
+func fenced(vm *schedulerv1.ProtectedVm, all []*failoverv1.Failover) bool {
+	p := vm.GetFailover()
+	for _, o := range all {
+		if o.Name == p.GetFailover() && (o.Phase == cancelling || o.Phase == cancelled || o.Phase == cancelFailed) {
+			return false
+		}
+	}
+	return p.GetSourceFenced()
+}
 
 // selector is the point that was asked for: the newest, if none was.
 func (b *beginning) selector() *failoverv1.PointSelector {
@@ -226,8 +236,17 @@ func (b *beginning) record(id string) *failoverv1.Failover {
 // create stores a new failover.
 func (b *beginning) create(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
 	s := b.h.s
-	if err := b.putAway(ctx); err != nil {
-		return nil, err
+	if b.before != nil { // from here on it can never close the lineage
+		lineage, err := lineageOf(b.before)
+		if err != nil {
+			return nil, err
+		}
+		switch stands, err := s.fateOf(ctx, lineage, b.before, fateCancel); {
+		case err != nil:
+			return nil, err
+		case stands != fateCancel: // it was about to close: only a cancellation settles that
+			return nil, failoverActive(b.vm.DisplayName, b.before)
+		}
 	}
 	rev, err := s.failovers.Create(ctx, failoverKey(f.Name), f)
 	if errors.Is(err, bus.ErrExists) { // the same request, twice at once
@@ -237,43 +256,18 @@ func (b *beginning) create(ctx context.Context, f *failoverv1.Failover) (*failov
 	if err != nil {
 		return nil, storeError(err)
 	}
-	// Two requests may have passed the look at what is active together. If this process dies here, the step
-	// check-target finds it out.
+	// The one that f replaces is over only now: of a VM whose failover is over, and that has no other, the scheduler starts
+	// the source. Two requests may have passed the look at what is active together. If this process dies here, the step
+	// check-target does both.
+	if err := failpoint.Hit("failover-orchestrator/before-replace"); err != nil {
+		return nil, err
+	}
 	if other, err := s.rivalFailover(ctx, f); err == nil && other != nil {
 		if err := s.failovers.Delete(ctx, failoverKey(f.Name), rev); err == nil {
 			return nil, failoverActive(b.vm.DisplayName, other)
 		}
 	}
 	return f, nil
-}
-
-// putAway ends a failed failover that a new one replaces. It never closed the lineage, and after this never can.
-func (b *beginning) putAway(ctx context.Context) error {
-	if b.before == nil {
-		return nil
-	}
-	s := b.h.s
-	lineage, err := replica.ParseLineage(b.before.Lineage)
-	if err != nil {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INTERNAL, err, "lineage of %s", b.vm.DisplayName)
-	}
-	switch stands, err := s.fateOf(ctx, lineage, b.before, fateCancel); {
-	case err != nil:
-		return err
-	case stands != fateCancel: // it was about to close: only a cancellation settles that
-		return failoverActive(b.vm.DisplayName, b.before)
-	}
-	_, _, err = s.failovers.Mutate(ctx, failoverKey(b.before.Name), func(f *failoverv1.Failover) error {
-		switch f.Phase {
-		case failed:
-			f.Phase = cancelled
-			return nil
-		case cancelled:
-			return bus.NoChange
-		}
-		return failoverActive(b.vm.DisplayName, f)
-	})
-	return storeError(err)
 }
 
 // restart begins a failed failover anew, with another target, folder or point. It keeps its id, under which the lineage is
