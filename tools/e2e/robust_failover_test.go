@@ -123,7 +123,7 @@ func (a *attacked) takeOver(plan takeoverPlan, i int) (notes string) {
 	}
 	f.args = append(f.args, "--out", f.out)
 	f.watched = watchSource(a.machine, f.out, plan.end == endCommit)
-	defer f.watched.verdict() //nolint:errcheck // asked for below, unless the test is over
+	defer f.watched.verdict()
 
 	a.under(plan.up, func() {
 		if plan.early > 0 {
