@@ -227,3 +227,18 @@ func TestHealthWhereAFailoverHangs(t *testing.T) {
 		require.NotEmpty(t, reasons)
 	}
 }
+
+// The record of a failover is lost after its close: the source is not started under it, and the VM says that it is stuck.
+func TestLostRecordOfAClosedFailoverIsSaid(t *testing.T) {
+	t.Parallel()
+	l := protectedLab(t)
+	f := l.StartFailover(l.host, "f1", unplanned)
+	l.awaitFenced()
+	l.stop()
+	f.Close()
+	f.Delete()
+	l.start(quick())
+	vm := l.awaitCritical(scheduler.HealthFailoverFailed)
+	require.Equal(t, "LINEAGE_CLOSED", vm.GetFailover().GetError().GetReason())
+	require.Zero(t, l.host.Calls("StartMachine"))
+}

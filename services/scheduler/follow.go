@@ -342,7 +342,12 @@ func (v *vmRun) finishCancel(ctx context.Context, f *failoverv1.Failover) (next,
 		return v.climb(ctx, err)
 	}
 	if chain.Closed() { // the open comes before the cancellation has ended: never start a machine under a close
-		return later(v.cfg.Poll), nil
+		if v.rec.GetFailover().GetError() != nil {
+			return later(v.cfg.Poll), nil
+		}
+		// Another failover, which is about to be followed, or one whose record was lost: that would wait for ever.
+		d := detail(typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED, "failover "+chain.Fence.Failover+" holds the lineage closed", v.now())
+		return atOnce, v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.Failover.Error = d })
 	}
 	p := v.rec.GetFailover()
 	if p.GetStopTime() != nil { // else the host was never asked to stop it, and holds no fence
