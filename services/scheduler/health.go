@@ -76,7 +76,7 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	case EnablingFailed:
 		add(critical, HealthEnableFailed, what(vm, "protection could not be enabled"), "Resolve the findings of the job, then protect the VM again or end its protection.")
 	case ReadyForInitialReplication, InitialReplicating, FinalizingProtection:
-		add(warning, HealthInitial, "initial replication has not finished: the VM cannot be failed over yet", "Wait for it: `landfall jobs --watch`.")
+		add(warning, HealthInitial, "initial replication has not finished: the VM cannot be failed over yet", "Wait for it: `landfall jobs`, then `landfall jobs show JOB --watch`.")
 	case InitialReplicationPaused:
 		add(warning, HealthPaused, "initial replication is paused", "Run `landfall resume VM`.")
 	case InitialReplicationFailed:
@@ -91,7 +91,7 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	case ResyncRequired:
 		add(critical, HealthResyncRequired, "what changed since the last point is not known: "+resyncText(vm.GetResyncReason()), "Run `landfall resync VM`.")
 	case Resynchronizing:
-		add(warning, HealthResyncing, "source and target are being compared", "Wait for it: `landfall jobs --watch`.")
+		add(warning, HealthResyncing, "source and target are being compared", "Wait for it: `landfall jobs`, then `landfall jobs show JOB --watch`.")
 	case ResyncPaused:
 		add(critical, HealthPaused, "resynchronisation is paused", "Run `landfall resume VM`.")
 	case PlannedFailoverInProgress:

@@ -96,8 +96,8 @@ func (m machine) tell(ctx context.Context, do func(*monitor) error) error {
 
 // shutdown asks the guest to power down, again and again: a guest that has not started yet hears nothing.
 func (m machine) shutdown(ctx context.Context, limit time.Duration) error {
-	end := time.Now().Add(limit)
-	for time.Now().Before(end) {
+	end := time.Now().Add(limit) //nolint:forbidigo // a process is waited for by the real clock
+	for time.Now().Before(end) { //nolint:forbidigo // a process is waited for by the real clock
 		alive, err := m.alive()
 		if err != nil || !alive {
 			return err
@@ -137,7 +137,7 @@ func (m machine) end(ctx context.Context, limit time.Duration) error {
 
 // gone waits until no process of the machine is there.
 func (m machine) gone(ctx context.Context, limit time.Duration) (bool, error) {
-	end := time.Now().Add(limit)
+	end := time.Now().Add(limit) //nolint:forbidigo // a process is waited for by the real clock
 	for {
 		alive, err := m.alive()
 		if err != nil || !alive {

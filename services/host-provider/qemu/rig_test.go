@@ -92,7 +92,6 @@ type lab struct {
 type option func(*lab)
 
 func formats(f ...string) option { return func(l *lab) { l.formats = f } }
-func args(a ...string) option    { return func(l *lab) { l.extra = append(l.extra, a...) } }
 func configured(f func(*Config)) option {
 	return func(l *lab) { f(&l.config) }
 }
