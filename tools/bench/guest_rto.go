@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -33,8 +34,12 @@ const often = "name: bench\ncopy_interval: 5s\n"
 func guestRTO(o *Options) []subject {
 	var list []subject
 	for _, kind := range []string{testFailover, unplannedFailover, plannedFailover} {
+		check := "the recovered guest: every file, the ledger across disks, nothing acknowledged lost"
+		if kind == plannedFailover {
+			check += "; qemu-img compare with the source"
+		}
 		list = append(list, subject{
-			name: "landfall failover " + kind + " --target qemu", check: "the recovered guest: every file, the ledger across disks, nothing acknowledged lost",
+			name: "landfall failover " + kind + " --target qemu", check: check,
 			run: func(ctx context.Context, folder string) (sample, error) { return failOver(ctx, o, folder, kind) },
 		})
 	}
@@ -109,8 +114,14 @@ func failOver(ctx context.Context, o *Options, folder, kind string) (s sample, e
 	if err := g.recovered(out, f); err != nil {
 		return s, err
 	}
-	if kind == testFailover {
+	switch kind {
+	case testFailover:
 		err = p.cli(ctx, nil, "failover", "cleanup", machine, "--wait")
+	case plannedFailover:
+		if !strings.Contains(g.vm.Console(), guest.PowerLine) {
+			return s, errors.New("the source's guest did not power down in good order")
+		}
+		err = errors.Join(sameAsSource(ctx, g, g.config.OS.Path, filepath.Join(out, "os.vhd"), image.VPC), sameAsSource(ctx, g, g.config.Data.Path, filepath.Join(out, "data.vhd"), image.VPC))
 	}
 	return s, err
 }
