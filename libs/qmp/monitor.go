@@ -77,6 +77,11 @@ func Dial(ctx context.Context, socket string) (*Monitor, error) {
 	if err != nil {
 		return nil, unreachable(err, "connect to monitor %s", socket)
 	}
+	return New(ctx, conn, socket)
+}
+
+// New does the same on a connection that the caller made, and then owns it; socket is its name in errors.
+func New(ctx context.Context, conn net.Conn, socket string) (*Monitor, error) {
 	r := bufio.NewReaderSize(conn, 64<<10)
 	m := &Monitor{
 		socket: socket, conn: conn, pending: map[uint64]chan response{}, subs: map[*Subscription]struct{}{}, done: make(chan struct{}),

@@ -5,6 +5,7 @@ package qemutarget
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"image/png"
 	"net"
 	"os"
@@ -288,14 +289,17 @@ func serveMonitor(t *testing.T, path, id string, heard func(string)) {
 			}
 			_, _ = conn.Write([]byte(`{"QMP":{}}` + "\n" + `{"event":"RESUME"}` + "\n"))
 			in := json.NewDecoder(conn)
-			var request struct{ Execute string }
+			var request struct {
+				Execute string
+				ID      json.RawMessage
+			}
 			for in.Decode(&request) == nil {
 				heard(request.Execute)
-				answer := `{"return":{}}`
+				answer := `{}`
 				if request.Execute == "query-uuid" {
-					answer = `{"return":{"UUID":"` + id + `"}}`
+					answer = `{"UUID":"` + id + `"}`
 				}
-				_, _ = conn.Write([]byte(answer + "\n"))
+				_, _ = fmt.Fprintf(conn, `{"return":%s,"id":%s}`+"\n", answer, request.ID)
 			}
 			_ = conn.Close()
 		}
