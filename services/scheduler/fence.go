@@ -47,24 +47,29 @@ func (v *vmRun) keepFenced(ctx context.Context, f *failoverv1.Failover) (next, e
 		}
 	}
 	now := v.now()
-	if now.Before(v.m.fenceAt) {
-		return sooner(later(v.m.fenceAt.Sub(now)), poll), nil
+	waits := now.Before(v.m.fenceAt)
+	if waits {
+		poll = sooner(later(v.m.fenceAt.Sub(now)), poll)
 	}
 	if !p.GetSourceFenced() {
+		if waits {
+			return poll, nil
+		}
 		return v.fence(ctx, poll)
 	}
-	if closed && v.m.released != p.GetFailover() {
+	if closed && !waits && v.m.released != p.GetFailover() {
 		err := v.settleForRelease(ctx)
 		if err == nil {
 			err = v.releaseMachine(ctx)
 		}
-		if err != nil {
+		if err != nil { // it may run again
 			v.log.WarnContext(ctx, "source not released yet", "vm", v.rec.GetName(), "error", err)
 			v.m.fenceTries++
-			v.m.fenceAt = now.Add(v.fenceGap())
-			return sooner(later(v.fenceGap()), poll), nil
+			v.m.fenceAt, v.m.watchAt = now.Add(v.fenceGap()), now
+			poll = sooner(later(v.fenceGap()), poll)
+		} else {
+			v.m.released, v.m.fenceTries = p.GetFailover(), 0
 		}
-		v.m.released, v.m.fenceTries = p.GetFailover(), 0
 	}
 	n, err := v.watchSource(ctx, v.cfg.FenceRetryMax)
 	return sooner(n, poll), err
@@ -121,7 +126,7 @@ func (v *vmRun) settleForRelease(ctx context.Context) error {
 
 // sooner is the earlier of two looks; the zero one is the latest.
 func sooner(a, b next) next {
-	if b.in > 0 && (a.in <= 0 || b.in < a.in) {
+	if !a.now && (b.now || b.in > 0 && (a.in <= 0 || b.in < a.in)) {
 		return b
 	}
 	return a
