@@ -119,7 +119,7 @@ func TestFailedCancellationKeepsTheSourceFenced(t *testing.T) {
 	require.Contains(t, healthReasons(vm), scheduler.HealthNotFenced)
 	l.host.Stubborn(false)
 	l.awaitFenced()
-	vm = l.awaitCritical(scheduler.HealthFailoverFailed)
+	l.awaitCritical(scheduler.HealthFailoverFailed)
 	_, _, released := l.host.Power()
 	require.False(t, released, "what a cancellation needs is kept")
 	f.Phase(cancelling)

@@ -143,7 +143,7 @@ func (m machine) gone(ctx context.Context, limit time.Duration) (bool, error) {
 		if err != nil || !alive {
 			return err == nil, err
 		}
-		if !time.Now().Before(end) {
+		if !time.Now().Before(end) { //nolint:forbidigo // a process is waited for by the real clock
 			return false, nil
 		}
 		if err := pause(ctx, look); err != nil {
