@@ -224,6 +224,9 @@ func TestQEMU(t *testing.T) {
 		t.Skip("needs " + qemuProgram + " (Debian: qemu-system-x86)")
 	}
 	for _, format := range []string{"vhdx", "qcow2", "vpc", "raw"} {
-		t.Run(format, func(t *testing.T) { hostsuite.Run(t, newVirtual(format)) })
+		t.Run(format, func(t *testing.T) {
+			t.Parallel() // most of the time goes by waiting
+			hostsuite.Run(t, newVirtual(format))
+		})
 	}
 }
