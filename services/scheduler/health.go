@@ -111,7 +111,7 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	case CommitFailed:
 		add(critical, HealthFailoverFailed, "the failover could not be committed", "See the commit's job; then commit the failover again, or cancel it.")
 	case FailedOver, Committing, Committed, FailedBack, AwaitingReverse:
-		add(warning, HealthNotReversed, "the VM is not protected in its present place", "Finish the failover and reverse replication.")
+		add(warning, HealthNotReversed, "the VM is not protected in its present place", "Commit or cancel the failover. After the commit, protect the recovered machine as a new one: reverse protection is later work.")
 	}
 	if behind {
 		rpo := RPO(vm, now)
