@@ -59,7 +59,7 @@ test-robustness: build $(TOOLS)/nats-server ## The long sets: 200 seeded kill ru
 		go test -timeout 6h -run 'Robust|Model' -v ./tools/e2e/... ./libs/replica/...
 
 .PHONY: test-guest
-test-guest: build $(TOOLS)/nats-server ## Real machines come back: BIOS, UEFI and generation 1, VHDX and qcow2, both forms; needs QEMU, about an hour
+test-guest: build $(TOOLS)/nats-server ## Real machines come back: BIOS, UEFI and generation 1, VHDX and qcow2, both forms; needs QEMU, about 15 minutes on a quiet machine
 	LANDFALL_GUEST_WHOLE=1 $(LAB) go test -count=1 -timeout 3h -v -run 'RealMachine' ./tools/e2e
 	$(LAB) go test -count=1 -timeout 30m ./tools/guest/... ./tools/conformance
 
