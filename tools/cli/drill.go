@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"errors"
 	"fmt"
 
 	"github.com/google/uuid"
@@ -57,15 +56,11 @@ func (a *app) cleanUpCommand() *cobra.Command {
 		Use: "cleanup [VM]", Short: "Remove everything that a test failover made, and nothing else", Args: cobra.MaximumNArgs(1),
 		Example: "  landfall failover cleanup web-01 --wait --notes 'booted, services answered'",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			req := &failoverv1.CleanUpTestFailoverRequest{RequestId: uuid.NewString(), Notes: notes, Force: force}
-			switch {
-			case failover != "":
-				req.Failover = resource("failovers", failover)
-			case len(args) == 1:
-				req.Vm = a.vmName(args[0])
-			default:
-				return &usageError{errors.New("name the VM, or --failover"), cmd.UsageString()}
+			vm, name, err := a.whose(cmd, args, failover)
+			if err != nil {
+				return err
 			}
+			req := &failoverv1.CleanUpTestFailoverRequest{Vm: vm, Failover: name, RequestId: uuid.NewString(), Notes: notes, Force: force}
 			ctx, cancel := a.call(cmd)
 			defer cancel()
 			client, err := a.failovers(ctx)

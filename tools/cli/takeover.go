@@ -105,14 +105,9 @@ func (a *app) decideCommand(verb, short string, act func(ctx context.Context, cl
 	c := &cobra.Command{
 		Use: verb + " [VM]", Short: short, Args: cobra.MaximumNArgs(1), Example: "  landfall failover " + verb + " web-01 --wait",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			var vm, name string
-			switch {
-			case failover != "":
-				name = resource("failovers", failover)
-			case len(args) == 1:
-				vm = a.vmName(args[0])
-			default:
-				return &usageError{errors.New("name the VM, or --failover"), cmd.UsageString()}
+			vm, name, err := a.whose(cmd, args, failover)
+			if err != nil {
+				return err
 			}
 			ctx, cancel := a.call(cmd)
 			defer cancel()
@@ -130,4 +125,15 @@ func (a *app) decideCommand(verb, short string, act func(ctx context.Context, cl
 	c.Flags().BoolVar(&wait, "wait", false, "wait for the job")
 	c.Flags().StringVar(&failover, "failover", "", "this failover")
 	return c
+}
+
+// whose names what a command acts on: the failover of a flag, or the only one of the VM in the arguments.
+func (a *app) whose(cmd *cobra.Command, args []string, failover string) (vm, name string, err error) {
+	switch {
+	case failover != "":
+		return "", resource("failovers", failover), nil
+	case len(args) == 1:
+		return a.vmName(args[0]), "", nil
+	}
+	return "", "", &usageError{errors.New("name the VM, or --failover"), cmd.UsageString()}
 }

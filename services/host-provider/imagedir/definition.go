@@ -6,7 +6,6 @@
 package imagedir
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -17,10 +16,10 @@ import (
 	"unicode"
 
 	"github.com/google/uuid"
-	"go.yaml.in/yaml/v3"
 
 	"github.com/landfall-dr/landfall/libs/config"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/host-provider/definition"
 )
 
 // DefinitionFile is the name of a machine's description in its folder.
@@ -117,27 +116,17 @@ func readBounded(path string) ([]byte, error) {
 // parse decodes strictly; keys that are known are taken in despite others that are not. It is not whole when nothing
 // could be taken in.
 func (d *Definition) parse(raw []byte) (problems []error, whole bool) {
-	dec := yaml.NewDecoder(bytes.NewReader(raw))
-	dec.KnownFields(true)
-	var wrong *yaml.TypeError
-	switch err := dec.Decode(d); {
-	case errors.Is(err, io.EOF):
+	problems, err := definition.Decode(raw, d)
+	switch {
+	case errors.Is(err, definition.ErrEmpty):
 		return []error{fmt.Errorf("%s is empty", DefinitionFile)}, false
-	case errors.As(err, &wrong):
-		for _, text := range wrong.Errors {
-			problems = append(problems, errors.New(unknownKey.ReplaceAllString(text, `unknown key "$1"`)))
-		}
+	case errors.Is(err, definition.ErrMore):
+		problems = append(problems, fmt.Errorf("%s must be one document: what follows `---` would be ignored", DefinitionFile))
 	case err != nil:
 		return []error{fmt.Errorf("parse %s: %w", DefinitionFile, err)}, false
 	}
-	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		problems = append(problems, fmt.Errorf("%s must be one document: what follows `---` would be ignored", DefinitionFile))
-	}
 	return problems, true
 }
-
-// unknownKey is how the parser names a key that no field has, and our Go type, which means nothing to a reader.
-var unknownKey = regexp.MustCompile(`field (.+) not found in type .*`)
 
 func (d *Definition) validate() error {
 	var problems []error

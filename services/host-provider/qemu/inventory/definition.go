@@ -1,7 +1,6 @@
 package inventory
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -12,9 +11,9 @@ import (
 	"unicode"
 
 	"github.com/google/uuid"
-	"go.yaml.in/yaml/v3"
 
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
+	"github.com/landfall-dr/landfall/services/host-provider/definition"
 )
 
 // DefinitionVersion is the version of NAME.yaml that this program reads.
@@ -67,8 +66,6 @@ type DiskDefinition struct {
 
 var (
 	diskID = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,39}$`)
-	// unknownKey is how the parser names a key that no field has, and our Go type, which means nothing to a reader.
-	unknownKey = regexp.MustCompile(`field (.+) not found in type .*`)
 )
 
 // ReadDefinition reads and checks a NAME.yaml. Every problem is reported at once, joined. The definition is there with an
@@ -113,21 +110,14 @@ func readBounded(path string) ([]byte, error) {
 // parse decodes strictly; keys that are known are taken in despite others that are not. It is not whole when nothing
 // could be taken in.
 func (d *Definition) parse(raw []byte) (problems []error, whole bool) {
-	dec := yaml.NewDecoder(bytes.NewReader(raw))
-	dec.KnownFields(true)
-	var wrong *yaml.TypeError
-	switch err := dec.Decode(d); {
-	case errors.Is(err, io.EOF):
+	problems, err := definition.Decode(raw, d)
+	switch {
+	case errors.Is(err, definition.ErrEmpty):
 		return []error{errors.New("the file is empty")}, false
-	case errors.As(err, &wrong):
-		for _, text := range wrong.Errors {
-			problems = append(problems, errors.New(unknownKey.ReplaceAllString(text, `unknown key "$1"`)))
-		}
+	case errors.Is(err, definition.ErrMore):
+		problems = append(problems, errors.New("it must be one document: what follows `---` would be ignored"))
 	case err != nil:
 		return []error{fmt.Errorf("parse: %w", err)}, false
-	}
-	if err := dec.Decode(new(yaml.Node)); !errors.Is(err, io.EOF) {
-		problems = append(problems, errors.New("it must be one document: what follows `---` would be ignored"))
 	}
 	return problems, true
 }
