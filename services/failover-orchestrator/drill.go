@@ -39,29 +39,8 @@ func (s *Service) drive(ctx context.Context, f *failoverv1.Failover) {
 // fail gives a test failover up: the decision is stored, then what was made is removed, then the record is settled.
 // Without the first a process that died in between would go on with steps whose files are gone.
 func (s *Service) fail(ctx context.Context, f *failoverv1.Failover, cause error) {
-	detail := errcat.Detail(cause, s.deps.Clock())
-	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
-		if r.State != f.State || r.Error != nil {
-			return bus.NoChange
-		}
-		r.Error = detail
-		return nil
-	})
-	if err == nil {
-		err = failpoint.Hit("failover-orchestrator/after-give-up")
-	}
-	if errors.Is(err, bus.ErrNotFound) { // the handler withdrew it: a rival was first
-		_ = s.endJob(ctx, f.Job, cause, func(*typesv1.Job) {})
-		return
-	}
-	if err != nil { // found again by the next look
-		if ctx.Err() == nil {
-			s.log.WarnContext(ctx, "write failover record", "failover", f.Name, "error", err)
-			s.pause(ctx)
-		}
-		return
-	}
-	if r.State != f.State { // another instance was faster: what stands in the folder is its
+	same := func(r *failoverv1.Failover) bool { return r.State == f.State }
+	if !s.decideFailure(ctx, f, cause, same) {
 		return
 	}
 	end := ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED, job: f.Job, cause: cause}

@@ -278,29 +278,8 @@ func (s *Service) turnBack(ctx context.Context, f *failoverv1.Failover) {
 // giveUp ends a failover whose steps failed: the decision is stored, then what was made on the target is removed, then
 // the record says that it failed. The lineage stays closed if it was: the source must not go on by itself.
 func (s *Service) giveUp(ctx context.Context, f *failoverv1.Failover, cause error) {
-	detail := errcat.Detail(cause, s.deps.Clock())
-	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
-		if r.Phase != f.Phase || r.Job != f.Job || r.Error != nil {
-			return bus.NoChange
-		}
-		r.Error = detail
-		return nil
-	})
-	if err == nil {
-		err = failpoint.Hit("failover-orchestrator/after-give-up")
-	}
-	if errors.Is(err, bus.ErrNotFound) { // the handler withdrew it: a rival was first
-		_ = s.endJob(ctx, f.Job, cause, func(*typesv1.Job) {})
-		return
-	}
-	if err != nil { // found again by the next look
-		if ctx.Err() == nil {
-			s.log.WarnContext(ctx, "write failover record", "failover", f.Name, "error", err)
-			s.pause(ctx)
-		}
-		return
-	}
-	if r.Phase != f.Phase || r.Job != f.Job { // another instance was faster: what stands in the folder is its
+	same := func(r *failoverv1.Failover) bool { return r.Phase == f.Phase && r.Job == f.Job }
+	if !s.decideFailure(ctx, f, cause, same) {
 		return
 	}
 	end := resting{phase: failed, job: f.Job, cause: cause}

@@ -12,6 +12,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/failpoint"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -135,4 +136,33 @@ func storeError(err error) error {
 		reason = typesv1.ErrorReason_ERROR_REASON_CONCURRENT_MODIFICATION
 	}
 	return errcat.Wrap(reason, err, "keep the failover's record")
+}
+
+// decideFailure stores why a failover is given up, before anything of it is removed, and reports whether to go on: not when
+// the record could not be written (the next look finds it again), and not when it is no longer at the same work: another
+// instance was faster, and what stands in the folder is its.
+func (s *Service) decideFailure(ctx context.Context, f *failoverv1.Failover, cause error, same func(*failoverv1.Failover) bool) bool {
+	detail := errcat.Detail(cause, s.deps.Clock())
+	r, _, err := s.failovers.Mutate(ctx, failoverKey(f.Name), func(r *failoverv1.Failover) error {
+		if !same(r) || r.Error != nil {
+			return bus.NoChange
+		}
+		r.Error = detail
+		return nil
+	})
+	if err == nil {
+		err = failpoint.Hit("failover-orchestrator/after-give-up")
+	}
+	if errors.Is(err, bus.ErrNotFound) { // the handler withdrew it: a rival was first
+		_ = s.endJob(ctx, f.Job, cause, func(*typesv1.Job) {})
+		return false
+	}
+	if err != nil {
+		if ctx.Err() == nil {
+			s.log.WarnContext(ctx, "write failover record", "failover", f.Name, "error", err)
+			s.pause(ctx)
+		}
+		return false
+	}
+	return same(r)
 }
