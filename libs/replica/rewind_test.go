@@ -3,6 +3,7 @@ package replica
 import (
 	"context"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -288,10 +289,10 @@ func TestRewindFailsAtEveryCall(t *testing.T) {
 
 // meanwhile runs fn once, just before the n-th put of an object whose name begins with prefix.
 func meanwhile(prefix string, fn func()) blobstoretest.Hook {
+	var done atomic.Bool // the store is called by several workers at once
 	return func(op blobstoretest.Op, _, name string) blobstoretest.Fault {
-		if do := fn; do != nil && op == blobstoretest.OpPut && strings.HasPrefix(name, prefix) {
-			fn = nil
-			do()
+		if op == blobstoretest.OpPut && strings.HasPrefix(name, prefix) && done.CompareAndSwap(false, true) {
+			fn()
 		}
 		return blobstoretest.None
 	}
