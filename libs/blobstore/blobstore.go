@@ -4,7 +4,7 @@
 // Azure Storage: block blobs (whole objects, create-only or conditional
 // writes), page blobs (512-byte pages written in place, a sequence number,
 // snapshots), leases, ETags and storage time. Backend "dir" keeps all of it
-// in a folder; backend "azure" comes with a later issue. Every backend passes
+// in a folder; backend "azure" is Azure Blob Storage. Every backend passes
 // the suite in package blobstoretest.
 //
 // Every method takes a context whose deadline it honours. Errors are
@@ -16,6 +16,7 @@ package blobstore
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"iter"
 	"time"
@@ -34,8 +35,17 @@ var (
 	ErrLeaseConflict = errors.New("lease conflict")
 	// ErrInvalid: the call's arguments break a rule of the store (alignment, size, name).
 	ErrInvalid = errors.New("invalid storage request")
-	// ErrFull: no space left.
+	// ErrFull: no space left, or the account's limit is reached.
 	ErrFull = errors.New("storage is full")
+	// ErrNoContainer: the container itself does not exist. errors.Is(err, ErrNotFound) holds as well.
+	ErrNoContainer = fmt.Errorf("container missing: %w", ErrNotFound)
+	// ErrCredentials: the store does not accept who the caller says to be: wrong, expired, revoked or, with a clock
+	// that is off, not yet valid credentials.
+	ErrCredentials = errors.New("storage credentials refused")
+	// ErrPermission: the caller is known and lacks the right for this operation.
+	ErrPermission = errors.New("storage operation not permitted")
+	// ErrWriteOnce: a write-once policy or a legal hold forbids to overwrite or delete this blob now.
+	ErrWriteOnce = errors.New("blob is under a write-once policy")
 )
 
 // PageSize is the unit of page blobs, in bytes (Azure: "Put Page", 512-byte pages).
@@ -162,4 +172,33 @@ type Container interface {
 // PageRange is a half-open byte range of a page blob.
 type PageRange struct {
 	Offset, Length int64
+}
+
+// RequestCost is implemented by stores where a page request costs time besides its bytes. An applier merges two ranges
+// when the unchanged gap between them is cheaper to send again than another request.
+type RequestCost interface {
+	// BytesPerRequest is the number of bytes that could be sent in the time that one more page request takes: the rate in
+	// bytes/s over the requests/s, both as measured lately or as the service's limits say (Azure: 60 MiB/s over 500/s is
+	// 126 KB for one page blob).
+	BytesPerRequest() int64
+}
+
+// Protection is what a container's write-once policy enforces.
+type Protection struct {
+	// WriteOnce is how long after its creation a blob can be neither overwritten nor deleted; 0 is not at all.
+	// A store that says that there is a policy and not for how long answers 1 ns.
+	WriteOnce time.Duration
+	// Locked says that the policy can only be made longer, by nobody.
+	Locked bool
+	// LegalHold says that nothing may be overwritten or deleted until the hold is lifted.
+	LegalHold bool
+}
+
+// Protector is implemented by stores whose containers can be write-once. A store that is no Protector enforces nothing.
+type Protector interface {
+	// ContainerProtection reads it: ErrNoContainer when there is none such.
+	ContainerProtection(ctx context.Context, container string) (Protection, error)
+	// ProtectContainer sets a policy of at least this strength, and is success when there is one already. ErrPermission when
+	// this process may not (in Azure it is a right of the management plane): what to set by hand is in the error's text.
+	ProtectContainer(ctx context.Context, container string, p Protection) error
 }
