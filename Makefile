@@ -43,7 +43,7 @@ build-windows: ## Cross-compile every package for Windows
 	@for m in $(MODULES); do echo "windows: $$m"; (cd $$m && GOOS=windows GOARCH=amd64 CGO_ENABLED=0 go build ./...) || exit 1; done
 
 .PHONY: test
-test: build $(TOOLS)/nats-server ## Run all tests (CI=true: nothing may be skipped)
+test: build $(TOOLS)/nats-server azurite-or-say ## Run all tests (CI=true: nothing may be skipped)
 	@test -n "$(RACE)" || echo "make test: no C compiler found: running WITHOUT the race detector"
 	@# Tests that boot a machine are skipped, and say so, where QEMU is missing.
 	$(LAB) go test -p $(TESTJOBS) $(TESTFLAGS) \
@@ -52,6 +52,19 @@ test: build $(TOOLS)/nats-server ## Run all tests (CI=true: nothing may be skipp
 	$(LAB) go test -shuffle=on -timeout 30m ./tools/e2e/...
 	@# What bounds memory is meant for programs as they are shipped, without the detector's own memory.
 	LANDFALL_BIN=$(BIN) go test -count=1 -timeout 10m -run 'BigSparseDisk' ./tools/scenario
+
+.PHONY: azurite
+azurite: tools/azurite/node_modules/.installed ## Install the storage emulator of the tests (Azurite; needs Node 18 and npm)
+
+tools/azurite/node_modules/.installed: tools/azurite/package-lock.json
+	cd tools/azurite && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: azurite-or-say
+azurite-or-say:
+	@if command -v node >/dev/null && command -v npm >/dev/null; then $(MAKE) --no-print-directory azurite; \
+	elif [ "$$CI" = true ]; then echo "make test: CI needs Node and npm for Azurite"; exit 1; \
+	else echo "make test: NO NODE OR NPM: NOTHING IS TESTED ON AZURITE, the storage emulator"; fi
 
 .PHONY: test-robustness
 test-robustness: build $(TOOLS)/nats-server ## The long sets: 200 seeded kill runs of the six processes, 100,000 interleavings of the protocol model
