@@ -20,10 +20,11 @@ const (
 	KindShip   Kind = "ship"   // uploader:ship of the site
 	KindApply  Kind = "apply"  // uploader:apply near storage
 	KindResync Kind = "resync" // resync-engine of the site
+	KindRetain Kind = "retain" // uploader:retain near storage
 )
 
 // Kinds returns every work queue that [Bus.Declare] makes.
-func Kinds() []Kind { return []Kind{KindShip, KindApply, KindResync} }
+func Kinds() []Kind { return []Kind{KindShip, KindApply, KindResync, KindRetain} }
 
 // Buckets of state. One service writes each record (design section 9).
 const (
@@ -36,12 +37,14 @@ const (
 	BucketJobs      = "jobs"      // the service that runs the job
 	BucketFailovers = "failovers" // failover-orchestrator
 	BucketLeases    = "leases"    // whoever holds it; see Lease
+	BucketFlows     = "flows"     // each uploader and resync-engine its own: what it wants to send
 )
 
 // Buckets returns every bucket that [Bus.Declare] makes.
 func Buckets() []string {
 	return []string{
 		BucketSites, BucketHosts, BucketVMs, BucketCycles, BucketPolicies, BucketPlans, BucketJobs, BucketFailovers, BucketLeases,
+		BucketFlows,
 	}
 }
 

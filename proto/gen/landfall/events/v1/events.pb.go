@@ -47,8 +47,10 @@ type RecoveryPointReceived struct {
 	ChangedBytes int64 `protobuf:"varint,9,opt,name=changed_bytes,json=changedBytes,proto3" json:"changed_bytes,omitempty"`
 	// Whether an earlier delivery had committed it.
 	AlreadyCommitted bool `protobuf:"varint,10,opt,name=already_committed,json=alreadyCommitted,proto3" json:"already_committed,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// What its churn looked like.
+	Signals       *v1.ChurnSignals `protobuf:"bytes,11,opt,name=signals,proto3" json:"signals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RecoveryPointReceived) Reset() {
@@ -149,6 +151,13 @@ func (x *RecoveryPointReceived) GetAlreadyCommitted() bool {
 		return x.AlreadyCommitted
 	}
 	return false
+}
+
+func (x *RecoveryPointReceived) GetSignals() *v1.ChurnSignals {
+	if x != nil {
+		return x.Signals
+	}
+	return nil
 }
 
 // PassTaskShipped: one task of a pass is durable in the journal. Suffix pass-task.shipped, by the uploader or the resync-engine.
@@ -364,7 +373,9 @@ type RecoveryPointProcessed struct {
 	// Sequence number applied.
 	Sequence uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// Sequence number of the newest checkpoint; 0 when none.
-	Checkpoint    uint64 `protobuf:"varint,5,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Checkpoint uint64 `protobuf:"varint,5,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// What still waits to be applied.
+	Backlog       *v1.ApplyBacklog `protobuf:"bytes,6,opt,name=backlog,proto3" json:"backlog,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +443,13 @@ func (x *RecoveryPointProcessed) GetCheckpoint() uint64 {
 		return x.Checkpoint
 	}
 	return 0
+}
+
+func (x *RecoveryPointProcessed) GetBacklog() *v1.ApplyBacklog {
+	if x != nil {
+		return x.Backlog
+	}
+	return nil
 }
 
 // RecoveryPointAbandoned: a point was given up. Suffix recovery-point.abandoned, by the scheduler.
@@ -1156,11 +1174,505 @@ func (x *ApplicationConsistencyMissed) GetError() *v1.ErrorDetail {
 	return nil
 }
 
+// RecoveryPointSuspected: churn jumped and hardly compresses. Suffix recovery-point.suspected, by the uploader. Retention of the
+// VM stands still until a person clears it.
+type RecoveryPointSuspected struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// The suspected point.
+	Point uint64 `protobuf:"varint,3,opt,name=point,proto3" json:"point,omitempty"`
+	// Its sequence number.
+	Sequence uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Its cut.
+	CutTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cut_time,json=cutTime,proto3" json:"cut_time,omitempty"`
+	// What its churn looked like.
+	Signals *v1.ChurnSignals `protobuf:"bytes,6,opt,name=signals,proto3" json:"signals,omitempty"`
+	// Usual unique churn of a point, bytes: the median of the points before.
+	UsualBytes int64 `protobuf:"varint,7,opt,name=usual_bytes,json=usualBytes,proto3" json:"usual_bytes,omitempty"`
+	// The last point before the jump; 0 when there is none.
+	LastGoodPoint uint64 `protobuf:"varint,8,opt,name=last_good_point,json=lastGoodPoint,proto3" json:"last_good_point,omitempty"`
+	// Its sequence number.
+	LastGoodSequence uint64 `protobuf:"varint,9,opt,name=last_good_sequence,json=lastGoodSequence,proto3" json:"last_good_sequence,omitempty"`
+	// Its cut.
+	LastGoodTime  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=last_good_time,json=lastGoodTime,proto3" json:"last_good_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryPointSuspected) Reset() {
+	*x = RecoveryPointSuspected{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryPointSuspected) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryPointSuspected) ProtoMessage() {}
+
+func (x *RecoveryPointSuspected) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryPointSuspected.ProtoReflect.Descriptor instead.
+func (*RecoveryPointSuspected) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RecoveryPointSuspected) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *RecoveryPointSuspected) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *RecoveryPointSuspected) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *RecoveryPointSuspected) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *RecoveryPointSuspected) GetCutTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CutTime
+	}
+	return nil
+}
+
+func (x *RecoveryPointSuspected) GetSignals() *v1.ChurnSignals {
+	if x != nil {
+		return x.Signals
+	}
+	return nil
+}
+
+func (x *RecoveryPointSuspected) GetUsualBytes() int64 {
+	if x != nil {
+		return x.UsualBytes
+	}
+	return 0
+}
+
+func (x *RecoveryPointSuspected) GetLastGoodPoint() uint64 {
+	if x != nil {
+		return x.LastGoodPoint
+	}
+	return 0
+}
+
+func (x *RecoveryPointSuspected) GetLastGoodSequence() uint64 {
+	if x != nil {
+		return x.LastGoodSequence
+	}
+	return 0
+}
+
+func (x *RecoveryPointSuspected) GetLastGoodTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastGoodTime
+	}
+	return nil
+}
+
+// ApplyBacklogRaised: what waits to be applied passed its bound. Suffix apply-backlog.raised, by the uploader.
+type ApplyBacklogRaised struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// The backlog.
+	Backlog *v1.ApplyBacklog `protobuf:"bytes,2,opt,name=backlog,proto3" json:"backlog,omitempty"`
+	// Bound that was passed, as people read it.
+	Bound string `protobuf:"bytes,3,opt,name=bound,proto3" json:"bound,omitempty"`
+	// Whether it is more than half of the disks, so that a resynchronisation may be cheaper.
+	ResyncMayBeCheaper bool `protobuf:"varint,4,opt,name=resync_may_be_cheaper,json=resyncMayBeCheaper,proto3" json:"resync_may_be_cheaper,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *ApplyBacklogRaised) Reset() {
+	*x = ApplyBacklogRaised{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyBacklogRaised) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyBacklogRaised) ProtoMessage() {}
+
+func (x *ApplyBacklogRaised) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyBacklogRaised.ProtoReflect.Descriptor instead.
+func (*ApplyBacklogRaised) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ApplyBacklogRaised) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ApplyBacklogRaised) GetBacklog() *v1.ApplyBacklog {
+	if x != nil {
+		return x.Backlog
+	}
+	return nil
+}
+
+func (x *ApplyBacklogRaised) GetBound() string {
+	if x != nil {
+		return x.Bound
+	}
+	return ""
+}
+
+func (x *ApplyBacklogRaised) GetResyncMayBeCheaper() bool {
+	if x != nil {
+		return x.ResyncMayBeCheaper
+	}
+	return false
+}
+
+// ApplyBacklogCleared: it is below half of its bound again. Suffix apply-backlog.cleared, by the uploader.
+type ApplyBacklogCleared struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// The backlog.
+	Backlog       *v1.ApplyBacklog `protobuf:"bytes,2,opt,name=backlog,proto3" json:"backlog,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyBacklogCleared) Reset() {
+	*x = ApplyBacklogCleared{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyBacklogCleared) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyBacklogCleared) ProtoMessage() {}
+
+func (x *ApplyBacklogCleared) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyBacklogCleared.ProtoReflect.Descriptor instead.
+func (*ApplyBacklogCleared) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ApplyBacklogCleared) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ApplyBacklogCleared) GetBacklog() *v1.ApplyBacklog {
+	if x != nil {
+		return x.Backlog
+	}
+	return nil
+}
+
+// RecoveryPointsRetired: retention gave points up. Suffix recovery-points.retired, by the uploader.
+type RecoveryPointsRetired struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// Points that are no longer kept.
+	Points int64 `protobuf:"varint,3,opt,name=points,proto3" json:"points,omitempty"`
+	// The oldest point that is kept.
+	OldestPoint uint64 `protobuf:"varint,4,opt,name=oldest_point,json=oldestPoint,proto3" json:"oldest_point,omitempty"`
+	// Objects and snapshots deleted.
+	DeletedObjects int64 `protobuf:"varint,5,opt,name=deleted_objects,json=deletedObjects,proto3" json:"deleted_objects,omitempty"`
+	// Stored bytes deleted.
+	DeletedBytes int64 `protobuf:"varint,6,opt,name=deleted_bytes,json=deletedBytes,proto3" json:"deleted_bytes,omitempty"`
+	// Stored bytes that a write-once policy still keeps.
+	HiddenBytes   int64 `protobuf:"varint,7,opt,name=hidden_bytes,json=hiddenBytes,proto3" json:"hidden_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryPointsRetired) Reset() {
+	*x = RecoveryPointsRetired{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryPointsRetired) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryPointsRetired) ProtoMessage() {}
+
+func (x *RecoveryPointsRetired) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryPointsRetired.ProtoReflect.Descriptor instead.
+func (*RecoveryPointsRetired) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RecoveryPointsRetired) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *RecoveryPointsRetired) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *RecoveryPointsRetired) GetPoints() int64 {
+	if x != nil {
+		return x.Points
+	}
+	return 0
+}
+
+func (x *RecoveryPointsRetired) GetOldestPoint() uint64 {
+	if x != nil {
+		return x.OldestPoint
+	}
+	return 0
+}
+
+func (x *RecoveryPointsRetired) GetDeletedObjects() int64 {
+	if x != nil {
+		return x.DeletedObjects
+	}
+	return 0
+}
+
+func (x *RecoveryPointsRetired) GetDeletedBytes() int64 {
+	if x != nil {
+		return x.DeletedBytes
+	}
+	return 0
+}
+
+func (x *RecoveryPointsRetired) GetHiddenBytes() int64 {
+	if x != nil {
+		return x.HiddenBytes
+	}
+	return 0
+}
+
+// RecoveryPointHeld: a point is kept by a hold, or the hold ended. Suffixes recovery-point.held and recovery-point.released,
+// by the scheduler.
+type RecoveryPointHeld struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Point.
+	Point uint64 `protobuf:"varint,2,opt,name=point,proto3" json:"point,omitempty"`
+	// Name of the hold.
+	Hold string `protobuf:"bytes,3,opt,name=hold,proto3" json:"hold,omitempty"`
+	// Who asked, as in the peer's certificate.
+	RequestedBy   string `protobuf:"bytes,4,opt,name=requested_by,json=requestedBy,proto3" json:"requested_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecoveryPointHeld) Reset() {
+	*x = RecoveryPointHeld{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecoveryPointHeld) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecoveryPointHeld) ProtoMessage() {}
+
+func (x *RecoveryPointHeld) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecoveryPointHeld.ProtoReflect.Descriptor instead.
+func (*RecoveryPointHeld) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RecoveryPointHeld) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *RecoveryPointHeld) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *RecoveryPointHeld) GetHold() string {
+	if x != nil {
+		return x.Hold
+	}
+	return ""
+}
+
+func (x *RecoveryPointHeld) GetRequestedBy() string {
+	if x != nil {
+		return x.RequestedBy
+	}
+	return ""
+}
+
+// ReplicaTampered: somebody else wrote to a replica disk. Suffix replica.tampered, by the uploader.
+type ReplicaTampered struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// The error.
+	Error         *v1.ErrorDetail `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicaTampered) Reset() {
+	*x = ReplicaTampered{}
+	mi := &file_landfall_events_v1_events_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicaTampered) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicaTampered) ProtoMessage() {}
+
+func (x *ReplicaTampered) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_events_v1_events_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicaTampered.ProtoReflect.Descriptor instead.
+func (*ReplicaTampered) Descriptor() ([]byte, []int) {
+	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ReplicaTampered) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ReplicaTampered) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *ReplicaTampered) GetError() *v1.ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
 var File_landfall_events_v1_events_proto protoreflect.FileDescriptor
 
 const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\n" +
-	"\x1flandfall/events/v1/events.proto\x12\x12landfall.events.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blandfall/types/v1/job.proto\x1a\"landfall/types/v1/protection.proto\x1a#landfall/types/v1/replication.proto\"\x93\x03\n" +
+	"\x1flandfall/events/v1/events.proto\x12\x12landfall.events.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blandfall/types/v1/job.proto\x1a\"landfall/types/v1/protection.proto\x1a#landfall/types/v1/replication.proto\"\xce\x03\n" +
 	"\x15RecoveryPointReceived\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x14\n" +
@@ -1172,7 +1684,8 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\fstored_bytes\x18\b \x01(\x03R\vstoredBytes\x12#\n" +
 	"\rchanged_bytes\x18\t \x01(\x03R\fchangedBytes\x12+\n" +
 	"\x11already_committed\x18\n" +
-	" \x01(\bR\x10alreadyCommitted\"\x88\x02\n" +
+	" \x01(\bR\x10alreadyCommitted\x129\n" +
+	"\asignals\x18\v \x01(\v2\x1f.landfall.types.v1.ChurnSignalsR\asignals\"\x88\x02\n" +
 	"\x0fPassTaskShipped\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x12\n" +
@@ -1189,7 +1702,7 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x18\n" +
 	"\aordinal\x18\x03 \x01(\x04R\aordinal\x12\x14\n" +
 	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x124\n" +
-	"\x05error\x18\x05 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\"\x94\x01\n" +
+	"\x05error\x18\x05 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\"\xcf\x01\n" +
 	"\x16RecoveryPointProcessed\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x14\n" +
@@ -1197,7 +1710,8 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x05 \x01(\x04R\n" +
-	"checkpoint\"t\n" +
+	"checkpoint\x129\n" +
+	"\abacklog\x18\x06 \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\abacklog\"t\n" +
 	"\x16RecoveryPointAbandoned\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
 	"\x05point\x18\x02 \x01(\x04R\x05point\x124\n" +
@@ -1250,6 +1764,44 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\x1cApplicationConsistencyMissed\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
 	"\x05point\x18\x02 \x01(\x04R\x05point\x124\n" +
+	"\x05error\x18\x03 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\"\x9f\x03\n" +
+	"\x16RecoveryPointSuspected\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
+	"\alineage\x18\x02 \x01(\tR\alineage\x12\x14\n" +
+	"\x05point\x18\x03 \x01(\x04R\x05point\x12\x1a\n" +
+	"\bsequence\x18\x04 \x01(\x04R\bsequence\x125\n" +
+	"\bcut_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x129\n" +
+	"\asignals\x18\x06 \x01(\v2\x1f.landfall.types.v1.ChurnSignalsR\asignals\x12\x1f\n" +
+	"\vusual_bytes\x18\a \x01(\x03R\n" +
+	"usualBytes\x12&\n" +
+	"\x0flast_good_point\x18\b \x01(\x04R\rlastGoodPoint\x12,\n" +
+	"\x12last_good_sequence\x18\t \x01(\x04R\x10lastGoodSequence\x12@\n" +
+	"\x0elast_good_time\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\flastGoodTime\"\xa8\x01\n" +
+	"\x12ApplyBacklogRaised\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x129\n" +
+	"\abacklog\x18\x02 \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\abacklog\x12\x14\n" +
+	"\x05bound\x18\x03 \x01(\tR\x05bound\x121\n" +
+	"\x15resync_may_be_cheaper\x18\x04 \x01(\bR\x12resyncMayBeCheaper\"`\n" +
+	"\x13ApplyBacklogCleared\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x129\n" +
+	"\abacklog\x18\x02 \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\abacklog\"\xed\x01\n" +
+	"\x15RecoveryPointsRetired\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
+	"\alineage\x18\x02 \x01(\tR\alineage\x12\x16\n" +
+	"\x06points\x18\x03 \x01(\x03R\x06points\x12!\n" +
+	"\foldest_point\x18\x04 \x01(\x04R\voldestPoint\x12'\n" +
+	"\x0fdeleted_objects\x18\x05 \x01(\x03R\x0edeletedObjects\x12#\n" +
+	"\rdeleted_bytes\x18\x06 \x01(\x03R\fdeletedBytes\x12!\n" +
+	"\fhidden_bytes\x18\a \x01(\x03R\vhiddenBytes\"p\n" +
+	"\x11RecoveryPointHeld\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
+	"\x05point\x18\x02 \x01(\x04R\x05point\x12\x12\n" +
+	"\x04hold\x18\x03 \x01(\tR\x04hold\x12!\n" +
+	"\frequested_by\x18\x04 \x01(\tR\vrequestedBy\"q\n" +
+	"\x0fReplicaTampered\x12\x0e\n" +
+	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
+	"\alineage\x18\x02 \x01(\tR\alineage\x124\n" +
 	"\x05error\x18\x03 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05errorB\xd6\x01\n" +
 	"\x16com.landfall.events.v1B\vEventsProtoP\x01ZEgithub.com/landfall-dr/landfall/proto/gen/landfall/events/v1;eventsv1\xa2\x02\x03LEX\xaa\x02\x12Landfall.Events.V1\xca\x02\x12Landfall\\Events\\V1\xe2\x02\x1eLandfall\\Events\\V1\\GPBMetadata\xea\x02\x14Landfall::Events::V1b\x06proto3"
 
@@ -1265,7 +1817,7 @@ func file_landfall_events_v1_events_proto_rawDescGZIP() []byte {
 	return file_landfall_events_v1_events_proto_rawDescData
 }
 
-var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_landfall_events_v1_events_proto_goTypes = []any{
 	(*RecoveryPointReceived)(nil),        // 0: landfall.events.v1.RecoveryPointReceived
 	(*PassTaskShipped)(nil),              // 1: landfall.events.v1.PassTaskShipped
@@ -1281,41 +1833,57 @@ var file_landfall_events_v1_events_proto_goTypes = []any{
 	(*TaskParked)(nil),                   // 11: landfall.events.v1.TaskParked
 	(*FailoverChanged)(nil),              // 12: landfall.events.v1.FailoverChanged
 	(*ApplicationConsistencyMissed)(nil), // 13: landfall.events.v1.ApplicationConsistencyMissed
-	(v1.PointKind)(0),                    // 14: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil),        // 15: google.protobuf.Timestamp
-	(v1.Consistency)(0),                  // 16: landfall.types.v1.Consistency
-	(*v1.ErrorDetail)(nil),               // 17: landfall.types.v1.ErrorDetail
-	(*durationpb.Duration)(nil),          // 18: google.protobuf.Duration
-	(v1.ProtectionState)(0),              // 19: landfall.types.v1.ProtectionState
-	(v1.Health)(0),                       // 20: landfall.types.v1.Health
-	(v1.ResyncReason)(0),                 // 21: landfall.types.v1.ResyncReason
-	(*v1.Job)(nil),                       // 22: landfall.types.v1.Job
-	(v1.TestFailoverState)(0),            // 23: landfall.types.v1.TestFailoverState
+	(*RecoveryPointSuspected)(nil),       // 14: landfall.events.v1.RecoveryPointSuspected
+	(*ApplyBacklogRaised)(nil),           // 15: landfall.events.v1.ApplyBacklogRaised
+	(*ApplyBacklogCleared)(nil),          // 16: landfall.events.v1.ApplyBacklogCleared
+	(*RecoveryPointsRetired)(nil),        // 17: landfall.events.v1.RecoveryPointsRetired
+	(*RecoveryPointHeld)(nil),            // 18: landfall.events.v1.RecoveryPointHeld
+	(*ReplicaTampered)(nil),              // 19: landfall.events.v1.ReplicaTampered
+	(v1.PointKind)(0),                    // 20: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil),        // 21: google.protobuf.Timestamp
+	(v1.Consistency)(0),                  // 22: landfall.types.v1.Consistency
+	(*v1.ChurnSignals)(nil),              // 23: landfall.types.v1.ChurnSignals
+	(*v1.ErrorDetail)(nil),               // 24: landfall.types.v1.ErrorDetail
+	(*v1.ApplyBacklog)(nil),              // 25: landfall.types.v1.ApplyBacklog
+	(*durationpb.Duration)(nil),          // 26: google.protobuf.Duration
+	(v1.ProtectionState)(0),              // 27: landfall.types.v1.ProtectionState
+	(v1.Health)(0),                       // 28: landfall.types.v1.Health
+	(v1.ResyncReason)(0),                 // 29: landfall.types.v1.ResyncReason
+	(*v1.Job)(nil),                       // 30: landfall.types.v1.Job
+	(v1.TestFailoverState)(0),            // 31: landfall.types.v1.TestFailoverState
 }
 var file_landfall_events_v1_events_proto_depIdxs = []int32{
-	14, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
-	15, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
-	16, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
-	17, // 3: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
-	17, // 4: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
-	18, // 5: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
-	19, // 6: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
-	19, // 7: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
-	17, // 8: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
-	20, // 9: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
-	20, // 10: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
-	17, // 11: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
-	21, // 12: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
-	22, // 13: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
-	23, // 14: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
-	17, // 15: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
-	17, // 16: landfall.events.v1.FailoverChanged.error:type_name -> landfall.types.v1.ErrorDetail
-	17, // 17: landfall.events.v1.ApplicationConsistencyMissed.error:type_name -> landfall.types.v1.ErrorDetail
-	18, // [18:18] is the sub-list for method output_type
-	18, // [18:18] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	20, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
+	21, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
+	22, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
+	23, // 3: landfall.events.v1.RecoveryPointReceived.signals:type_name -> landfall.types.v1.ChurnSignals
+	24, // 4: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
+	25, // 5: landfall.events.v1.RecoveryPointProcessed.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	24, // 6: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
+	26, // 7: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
+	27, // 8: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
+	27, // 9: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
+	24, // 10: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	28, // 11: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
+	28, // 12: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
+	24, // 13: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
+	29, // 14: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
+	30, // 15: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
+	31, // 16: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
+	24, // 17: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
+	24, // 18: landfall.events.v1.FailoverChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	24, // 19: landfall.events.v1.ApplicationConsistencyMissed.error:type_name -> landfall.types.v1.ErrorDetail
+	21, // 20: landfall.events.v1.RecoveryPointSuspected.cut_time:type_name -> google.protobuf.Timestamp
+	23, // 21: landfall.events.v1.RecoveryPointSuspected.signals:type_name -> landfall.types.v1.ChurnSignals
+	21, // 22: landfall.events.v1.RecoveryPointSuspected.last_good_time:type_name -> google.protobuf.Timestamp
+	25, // 23: landfall.events.v1.ApplyBacklogRaised.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	25, // 24: landfall.events.v1.ApplyBacklogCleared.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	24, // 25: landfall.events.v1.ReplicaTampered.error:type_name -> landfall.types.v1.ErrorDetail
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_landfall_events_v1_events_proto_init() }
@@ -1329,7 +1897,7 @@ func file_landfall_events_v1_events_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_events_v1_events_proto_rawDesc), len(file_landfall_events_v1_events_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -33,7 +33,7 @@ type Policy struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Copy interval: how often a delta cycle starts. 1 s to 15 min.
 	CopyInterval *durationpb.Duration `protobuf:"bytes,2,opt,name=copy_interval,json=copyInterval,proto3" json:"copy_interval,omitempty"`
-	// How long recovery points are kept; absent means 24 h. Retention itself comes with a later release.
+	// How long recovery points are kept at all; absent means 24 h. Beyond keep_all and keep_hourly one point a day stays.
 	Retention *durationpb.Duration `protobuf:"bytes,3,opt,name=retention,proto3" json:"retention,omitempty"`
 	// When initial replication starts; absent means at once; at most 7 days ahead.
 	InitialReplicationStartTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=initial_replication_start_time,json=initialReplicationStartTime,proto3" json:"initial_replication_start_time,omitempty"`
@@ -46,8 +46,22 @@ type Policy struct {
 	// How often a point is application-consistent: the first cycle after this time freezes the guest. Absent means never;
 	// 1 minute to 12 hours (Site Recovery offers 1 to 12 hours).
 	AppConsistentInterval *durationpb.Duration `protobuf:"bytes,8,opt,name=app_consistent_interval,json=appConsistentInterval,proto3" json:"app_consistent_interval,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// How long every point is kept; absent means 4 h, or retention where that is shorter.
+	KeepAll *durationpb.Duration `protobuf:"bytes,9,opt,name=keep_all,json=keepAll,proto3" json:"keep_all,omitempty"`
+	// How long one point an hour is kept; absent means 48 h, or retention where that is shorter.
+	KeepHourly *durationpb.Duration `protobuf:"bytes,10,opt,name=keep_hourly,json=keepHourly,proto3" json:"keep_hourly,omitempty"`
+	// For how long after its creation nothing in the journal may be overwritten or deleted, by a policy of the store itself.
+	// Absent demands none. With one, enabling protection is refused where the store does not enforce it
+	// (STORAGE_NOT_WRITE_ONCE).
+	WriteOnce *durationpb.Duration `protobuf:"bytes,11,opt,name=write_once,json=writeOnce,proto3" json:"write_once,omitempty"`
+	// A point whose unique churn is at least this many times the usual, and that hardly compresses, is suspected to be the work
+	// of ransomware. 0 means 5; at least 2; 1 turns it off.
+	SuspicionFactor float64 `protobuf:"fixed64,12,opt,name=suspicion_factor,json=suspicionFactor,proto3" json:"suspicion_factor,omitempty"`
+	// How long received points may wait to be applied so that overwrites of one window cost one write: the recovery time
+	// that is given for fewer requests. Absent means what the store's price of a request suggests.
+	ApplyDelay    *durationpb.Duration `protobuf:"bytes,13,opt,name=apply_delay,json=applyDelay,proto3" json:"apply_delay,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Policy) Reset() {
@@ -132,6 +146,41 @@ func (x *Policy) GetRevision() uint64 {
 func (x *Policy) GetAppConsistentInterval() *durationpb.Duration {
 	if x != nil {
 		return x.AppConsistentInterval
+	}
+	return nil
+}
+
+func (x *Policy) GetKeepAll() *durationpb.Duration {
+	if x != nil {
+		return x.KeepAll
+	}
+	return nil
+}
+
+func (x *Policy) GetKeepHourly() *durationpb.Duration {
+	if x != nil {
+		return x.KeepHourly
+	}
+	return nil
+}
+
+func (x *Policy) GetWriteOnce() *durationpb.Duration {
+	if x != nil {
+		return x.WriteOnce
+	}
+	return nil
+}
+
+func (x *Policy) GetSuspicionFactor() float64 {
+	if x != nil {
+		return x.SuspicionFactor
+	}
+	return 0
+}
+
+func (x *Policy) GetApplyDelay() *durationpb.Duration {
+	if x != nil {
+		return x.ApplyDelay
 	}
 	return nil
 }
@@ -526,7 +575,7 @@ var File_landfall_scheduler_v1_policy_proto protoreflect.FileDescriptor
 
 const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\n" +
-	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\xcb\x04\n" +
+	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\x9b\a\n" +
 	"\x06Policy\x12=\n" +
 	"\x04name\x18\x01 \x01(\tB)\xbaH&r$2\"^policies/[a-z0-9][a-z0-9-]{0,39}$R\x04name\x12R\n" +
 	"\rcopy_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xc8\x01\x01\xaa\x01\t\"\x03\b\x84\a2\x02\b\x01R\fcopyInterval\x12A\n" +
@@ -536,7 +585,17 @@ const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\x10parallel_uploads\x18\x06 \x01(\x05B\t\xbaH\x06\x1a\x04\x18@(\x00R\x0fparallelUploads\x12\x1a\n" +
 	"\brevision\x18\a \x01(\x04R\brevision\x12c\n" +
 	"\x17app_consistent_interval\x18\b \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
-	"\"\x04\b\xc0\xd1\x022\x02\b<R\x15appConsistentInterval\"x\n" +
+	"\"\x04\b\xc0\xd1\x022\x02\b<R\x15appConsistentInterval\x12>\n" +
+	"\bkeep_all\x18\t \x01(\v2\x19.google.protobuf.DurationB\b\xbaH\x05\xaa\x01\x022\x00R\akeepAll\x12D\n" +
+	"\vkeep_hourly\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationB\b\xbaH\x05\xaa\x01\x022\x00R\n" +
+	"keepHourly\x12B\n" +
+	"\n" +
+	"write_once\x18\v \x01(\v2\x19.google.protobuf.DurationB\b\xbaH\x05\xaa\x01\x022\x00R\twriteOnce\x129\n" +
+	"\x10suspicion_factor\x18\f \x01(\x01B\x0e\xbaH\v\x12\t)\x00\x00\x00\x00\x00\x00\x00\x00R\x0fsuspicionFactor\x12I\n" +
+	"\vapply_delay\x18\r \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
+	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\n" +
+	"applyDelay\"x\n" +
 	"\x12ApplyPolicyRequest\x12=\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1d.landfall.scheduler.v1.PolicyB\x06\xbaH\x03\xc8\x01\x01R\x06policy\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\"L\n" +
@@ -595,23 +654,27 @@ var file_landfall_scheduler_v1_policy_proto_depIdxs = []int32{
 	10, // 2: landfall.scheduler.v1.Policy.initial_replication_start_time:type_name -> google.protobuf.Timestamp
 	9,  // 3: landfall.scheduler.v1.Policy.rpo_alert_threshold:type_name -> google.protobuf.Duration
 	9,  // 4: landfall.scheduler.v1.Policy.app_consistent_interval:type_name -> google.protobuf.Duration
-	0,  // 5: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 6: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 7: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 8: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
-	1,  // 9: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
-	3,  // 10: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
-	5,  // 11: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
-	7,  // 12: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
-	2,  // 13: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
-	4,  // 14: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
-	6,  // 15: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
-	8,  // 16: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
-	13, // [13:17] is the sub-list for method output_type
-	9,  // [9:13] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	9,  // 5: landfall.scheduler.v1.Policy.keep_all:type_name -> google.protobuf.Duration
+	9,  // 6: landfall.scheduler.v1.Policy.keep_hourly:type_name -> google.protobuf.Duration
+	9,  // 7: landfall.scheduler.v1.Policy.write_once:type_name -> google.protobuf.Duration
+	9,  // 8: landfall.scheduler.v1.Policy.apply_delay:type_name -> google.protobuf.Duration
+	0,  // 9: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 10: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 11: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 12: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
+	1,  // 13: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
+	3,  // 14: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
+	5,  // 15: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
+	7,  // 16: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
+	2,  // 17: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
+	4,  // 18: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
+	6,  // 19: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
+	8,  // 20: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
+	17, // [17:21] is the sub-list for method output_type
+	13, // [13:17] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_policy_proto_init() }

@@ -806,8 +806,15 @@ type ProtectedVm struct {
 	LastAppPointTime *timestamppb.Timestamp `protobuf:"bytes,33,opt,name=last_app_point_time,json=lastAppPointTime,proto3" json:"last_app_point_time,omitempty"`
 	// Why the last application-consistent cut was only crash-consistent; absent when it was what was asked for.
 	AppConsistencyError *v1.ErrorDetail `protobuf:"bytes,34,opt,name=app_consistency_error,json=appConsistencyError,proto3" json:"app_consistency_error,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// What is received and not yet applied: the debt that a failover to the newest point must pay first. Absent before the
+	// first report.
+	ApplyBacklog *v1.ApplyBacklog `protobuf:"bytes,35,opt,name=apply_backlog,json=applyBacklog,proto3" json:"apply_backlog,omitempty"`
+	// The open suspicion; absent when there is none.
+	Suspicion *Suspicion `protobuf:"bytes,36,opt,name=suspicion,proto3" json:"suspicion,omitempty"`
+	// When retention last ran; absent before.
+	LastRetentionTime *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=last_retention_time,json=lastRetentionTime,proto3" json:"last_retention_time,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *ProtectedVm) Reset() {
@@ -1078,6 +1085,127 @@ func (x *ProtectedVm) GetAppConsistencyError() *v1.ErrorDetail {
 	return nil
 }
 
+func (x *ProtectedVm) GetApplyBacklog() *v1.ApplyBacklog {
+	if x != nil {
+		return x.ApplyBacklog
+	}
+	return nil
+}
+
+func (x *ProtectedVm) GetSuspicion() *Suspicion {
+	if x != nil {
+		return x.Suspicion
+	}
+	return nil
+}
+
+func (x *ProtectedVm) GetLastRetentionTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastRetentionTime
+	}
+	return nil
+}
+
+// Suspicion is a jump in churn that no person has looked at yet. Retention of the VM stands still meanwhile.
+type Suspicion struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The first suspected point.
+	Point uint64 `protobuf:"varint,1,opt,name=point,proto3" json:"point,omitempty"`
+	// Its cut.
+	CutTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=cut_time,json=cutTime,proto3" json:"cut_time,omitempty"`
+	// The last point before the jump, pinned; 0 when there is none.
+	LastGoodPoint uint64 `protobuf:"varint,3,opt,name=last_good_point,json=lastGoodPoint,proto3" json:"last_good_point,omitempty"`
+	// Its cut.
+	LastGoodTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=last_good_time,json=lastGoodTime,proto3" json:"last_good_time,omitempty"`
+	// Signals of the suspected point.
+	Signals *v1.ChurnSignals `protobuf:"bytes,5,opt,name=signals,proto3" json:"signals,omitempty"`
+	// Usual unique churn of a point, bytes: the median of the points before.
+	UsualBytes int64 `protobuf:"varint,6,opt,name=usual_bytes,json=usualBytes,proto3" json:"usual_bytes,omitempty"`
+	// Whether the pin of the last good point is in storage.
+	Pinned        bool `protobuf:"varint,7,opt,name=pinned,proto3" json:"pinned,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Suspicion) Reset() {
+	*x = Suspicion{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Suspicion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Suspicion) ProtoMessage() {}
+
+func (x *Suspicion) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Suspicion.ProtoReflect.Descriptor instead.
+func (*Suspicion) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Suspicion) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *Suspicion) GetCutTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CutTime
+	}
+	return nil
+}
+
+func (x *Suspicion) GetLastGoodPoint() uint64 {
+	if x != nil {
+		return x.LastGoodPoint
+	}
+	return 0
+}
+
+func (x *Suspicion) GetLastGoodTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastGoodTime
+	}
+	return nil
+}
+
+func (x *Suspicion) GetSignals() *v1.ChurnSignals {
+	if x != nil {
+		return x.Signals
+	}
+	return nil
+}
+
+func (x *Suspicion) GetUsualBytes() int64 {
+	if x != nil {
+		return x.UsualBytes
+	}
+	return 0
+}
+
+func (x *Suspicion) GetPinned() bool {
+	if x != nil {
+		return x.Pinned
+	}
+	return false
+}
+
 // FailoverProgress is the source's side of a planned or unplanned failover, written by the scheduler and read by the
 // failover-orchestrator, which never calls a host.
 type FailoverProgress struct {
@@ -1102,7 +1230,7 @@ type FailoverProgress struct {
 
 func (x *FailoverProgress) Reset() {
 	*x = FailoverProgress{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1242,7 @@ func (x *FailoverProgress) String() string {
 func (*FailoverProgress) ProtoMessage() {}
 
 func (x *FailoverProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1255,7 @@ func (x *FailoverProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailoverProgress.ProtoReflect.Descriptor instead.
 func (*FailoverProgress) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{6}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *FailoverProgress) GetFailover() string {
@@ -1192,7 +1320,7 @@ type VmSummary struct {
 
 func (x *VmSummary) Reset() {
 	*x = VmSummary{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1204,7 +1332,7 @@ func (x *VmSummary) String() string {
 func (*VmSummary) ProtoMessage() {}
 
 func (x *VmSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1217,7 +1345,7 @@ func (x *VmSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VmSummary.ProtoReflect.Descriptor instead.
 func (*VmSummary) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{7}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *VmSummary) GetMachine() *v1.Machine {
@@ -1243,7 +1371,7 @@ type ListHostsRequest struct {
 
 func (x *ListHostsRequest) Reset() {
 	*x = ListHostsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1255,7 +1383,7 @@ func (x *ListHostsRequest) String() string {
 func (*ListHostsRequest) ProtoMessage() {}
 
 func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1268,7 +1396,7 @@ func (x *ListHostsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsRequest.ProtoReflect.Descriptor instead.
 func (*ListHostsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{8}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{9}
 }
 
 // ListHostsResponse has all hosts.
@@ -1282,7 +1410,7 @@ type ListHostsResponse struct {
 
 func (x *ListHostsResponse) Reset() {
 	*x = ListHostsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1422,7 @@ func (x *ListHostsResponse) String() string {
 func (*ListHostsResponse) ProtoMessage() {}
 
 func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[9]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1435,7 @@ func (x *ListHostsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHostsResponse.ProtoReflect.Descriptor instead.
 func (*ListHostsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{9}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListHostsResponse) GetHosts() []*v11.Host {
@@ -1326,7 +1454,7 @@ type ListVmsRequest struct {
 
 func (x *ListVmsRequest) Reset() {
 	*x = ListVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1338,7 +1466,7 @@ func (x *ListVmsRequest) String() string {
 func (*ListVmsRequest) ProtoMessage() {}
 
 func (x *ListVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[10]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1351,7 +1479,7 @@ func (x *ListVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVmsRequest.ProtoReflect.Descriptor instead.
 func (*ListVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{10}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{11}
 }
 
 // ListVmsResponse has all machines.
@@ -1369,7 +1497,7 @@ type ListVmsResponse struct {
 
 func (x *ListVmsResponse) Reset() {
 	*x = ListVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1509,7 @@ func (x *ListVmsResponse) String() string {
 func (*ListVmsResponse) ProtoMessage() {}
 
 func (x *ListVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[11]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1522,7 @@ func (x *ListVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVmsResponse.ProtoReflect.Descriptor instead.
 func (*ListVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{11}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListVmsResponse) GetVms() []*VmSummary {
@@ -1435,7 +1563,7 @@ type EnableProtectionRequest struct {
 
 func (x *EnableProtectionRequest) Reset() {
 	*x = EnableProtectionRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1447,7 +1575,7 @@ func (x *EnableProtectionRequest) String() string {
 func (*EnableProtectionRequest) ProtoMessage() {}
 
 func (x *EnableProtectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[12]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1460,7 +1588,7 @@ func (x *EnableProtectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnableProtectionRequest.ProtoReflect.Descriptor instead.
 func (*EnableProtectionRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{12}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *EnableProtectionRequest) GetVm() string {
@@ -1504,7 +1632,7 @@ type EnableProtectionResponse struct {
 
 func (x *EnableProtectionResponse) Reset() {
 	*x = EnableProtectionResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1516,7 +1644,7 @@ func (x *EnableProtectionResponse) String() string {
 func (*EnableProtectionResponse) ProtoMessage() {}
 
 func (x *EnableProtectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[13]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1529,7 +1657,7 @@ func (x *EnableProtectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnableProtectionResponse.ProtoReflect.Descriptor instead.
 func (*EnableProtectionResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{13}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *EnableProtectionResponse) GetJob() *v1.Job {
@@ -1561,7 +1689,7 @@ type DisableProtectionRequest struct {
 
 func (x *DisableProtectionRequest) Reset() {
 	*x = DisableProtectionRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1573,7 +1701,7 @@ func (x *DisableProtectionRequest) String() string {
 func (*DisableProtectionRequest) ProtoMessage() {}
 
 func (x *DisableProtectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[14]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1586,7 +1714,7 @@ func (x *DisableProtectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableProtectionRequest.ProtoReflect.Descriptor instead.
 func (*DisableProtectionRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{14}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DisableProtectionRequest) GetVm() string {
@@ -1621,7 +1749,7 @@ type DisableProtectionResponse struct {
 
 func (x *DisableProtectionResponse) Reset() {
 	*x = DisableProtectionResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1633,7 +1761,7 @@ func (x *DisableProtectionResponse) String() string {
 func (*DisableProtectionResponse) ProtoMessage() {}
 
 func (x *DisableProtectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[15]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1646,7 +1774,7 @@ func (x *DisableProtectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableProtectionResponse.ProtoReflect.Descriptor instead.
 func (*DisableProtectionResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{15}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DisableProtectionResponse) GetJob() *v1.Job {
@@ -1667,7 +1795,7 @@ type PauseReplicationRequest struct {
 
 func (x *PauseReplicationRequest) Reset() {
 	*x = PauseReplicationRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1807,7 @@ func (x *PauseReplicationRequest) String() string {
 func (*PauseReplicationRequest) ProtoMessage() {}
 
 func (x *PauseReplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[16]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1820,7 @@ func (x *PauseReplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseReplicationRequest.ProtoReflect.Descriptor instead.
 func (*PauseReplicationRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{16}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PauseReplicationRequest) GetVm() string {
@@ -1713,7 +1841,7 @@ type PauseReplicationResponse struct {
 
 func (x *PauseReplicationResponse) Reset() {
 	*x = PauseReplicationResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1853,7 @@ func (x *PauseReplicationResponse) String() string {
 func (*PauseReplicationResponse) ProtoMessage() {}
 
 func (x *PauseReplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[17]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1866,7 @@ func (x *PauseReplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseReplicationResponse.ProtoReflect.Descriptor instead.
 func (*PauseReplicationResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{17}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PauseReplicationResponse) GetVm() *ProtectedVm {
@@ -1759,7 +1887,7 @@ type ResumeReplicationRequest struct {
 
 func (x *ResumeReplicationRequest) Reset() {
 	*x = ResumeReplicationRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1771,7 +1899,7 @@ func (x *ResumeReplicationRequest) String() string {
 func (*ResumeReplicationRequest) ProtoMessage() {}
 
 func (x *ResumeReplicationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[18]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1784,7 +1912,7 @@ func (x *ResumeReplicationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeReplicationRequest.ProtoReflect.Descriptor instead.
 func (*ResumeReplicationRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{18}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResumeReplicationRequest) GetVm() string {
@@ -1805,7 +1933,7 @@ type ResumeReplicationResponse struct {
 
 func (x *ResumeReplicationResponse) Reset() {
 	*x = ResumeReplicationResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +1945,7 @@ func (x *ResumeReplicationResponse) String() string {
 func (*ResumeReplicationResponse) ProtoMessage() {}
 
 func (x *ResumeReplicationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[19]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +1958,7 @@ func (x *ResumeReplicationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeReplicationResponse.ProtoReflect.Descriptor instead.
 func (*ResumeReplicationResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{19}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeReplicationResponse) GetVm() *ProtectedVm {
@@ -1853,7 +1981,7 @@ type ResynchronizeRequest struct {
 
 func (x *ResynchronizeRequest) Reset() {
 	*x = ResynchronizeRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +1993,7 @@ func (x *ResynchronizeRequest) String() string {
 func (*ResynchronizeRequest) ProtoMessage() {}
 
 func (x *ResynchronizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[20]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +2006,7 @@ func (x *ResynchronizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResynchronizeRequest.ProtoReflect.Descriptor instead.
 func (*ResynchronizeRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{20}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ResynchronizeRequest) GetVm() string {
@@ -1906,7 +2034,7 @@ type ResynchronizeResponse struct {
 
 func (x *ResynchronizeResponse) Reset() {
 	*x = ResynchronizeResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +2046,7 @@ func (x *ResynchronizeResponse) String() string {
 func (*ResynchronizeResponse) ProtoMessage() {}
 
 func (x *ResynchronizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[21]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2059,7 @@ func (x *ResynchronizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResynchronizeResponse.ProtoReflect.Descriptor instead.
 func (*ResynchronizeResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{21}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResynchronizeResponse) GetJob() *v1.Job {
@@ -1952,7 +2080,7 @@ type GetProtectedVmRequest struct {
 
 func (x *GetProtectedVmRequest) Reset() {
 	*x = GetProtectedVmRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1964,7 +2092,7 @@ func (x *GetProtectedVmRequest) String() string {
 func (*GetProtectedVmRequest) ProtoMessage() {}
 
 func (x *GetProtectedVmRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[22]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1977,7 +2105,7 @@ func (x *GetProtectedVmRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProtectedVmRequest.ProtoReflect.Descriptor instead.
 func (*GetProtectedVmRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{22}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetProtectedVmRequest) GetVm() string {
@@ -1998,7 +2126,7 @@ type GetProtectedVmResponse struct {
 
 func (x *GetProtectedVmResponse) Reset() {
 	*x = GetProtectedVmResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2138,7 @@ func (x *GetProtectedVmResponse) String() string {
 func (*GetProtectedVmResponse) ProtoMessage() {}
 
 func (x *GetProtectedVmResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[23]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2151,7 @@ func (x *GetProtectedVmResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetProtectedVmResponse.ProtoReflect.Descriptor instead.
 func (*GetProtectedVmResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{23}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetProtectedVmResponse) GetVm() *ProtectedVm {
@@ -2046,7 +2174,7 @@ type ListProtectedVmsRequest struct {
 
 func (x *ListProtectedVmsRequest) Reset() {
 	*x = ListProtectedVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2058,7 +2186,7 @@ func (x *ListProtectedVmsRequest) String() string {
 func (*ListProtectedVmsRequest) ProtoMessage() {}
 
 func (x *ListProtectedVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[24]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2071,7 +2199,7 @@ func (x *ListProtectedVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectedVmsRequest.ProtoReflect.Descriptor instead.
 func (*ListProtectedVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{24}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListProtectedVmsRequest) GetPageSize() int32 {
@@ -2101,7 +2229,7 @@ type ListProtectedVmsResponse struct {
 
 func (x *ListProtectedVmsResponse) Reset() {
 	*x = ListProtectedVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2113,7 +2241,7 @@ func (x *ListProtectedVmsResponse) String() string {
 func (*ListProtectedVmsResponse) ProtoMessage() {}
 
 func (x *ListProtectedVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[25]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2126,7 +2254,7 @@ func (x *ListProtectedVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProtectedVmsResponse.ProtoReflect.Descriptor instead.
 func (*ListProtectedVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{25}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListProtectedVmsResponse) GetVms() []*ProtectedVm {
@@ -2154,7 +2282,7 @@ type WatchProtectedVmsRequest struct {
 
 func (x *WatchProtectedVmsRequest) Reset() {
 	*x = WatchProtectedVmsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2294,7 @@ func (x *WatchProtectedVmsRequest) String() string {
 func (*WatchProtectedVmsRequest) ProtoMessage() {}
 
 func (x *WatchProtectedVmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[26]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2307,7 @@ func (x *WatchProtectedVmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProtectedVmsRequest.ProtoReflect.Descriptor instead.
 func (*WatchProtectedVmsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{26}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *WatchProtectedVmsRequest) GetVm() string {
@@ -2202,7 +2330,7 @@ type WatchProtectedVmsResponse struct {
 
 func (x *WatchProtectedVmsResponse) Reset() {
 	*x = WatchProtectedVmsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2214,7 +2342,7 @@ func (x *WatchProtectedVmsResponse) String() string {
 func (*WatchProtectedVmsResponse) ProtoMessage() {}
 
 func (x *WatchProtectedVmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[27]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2227,7 +2355,7 @@ func (x *WatchProtectedVmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchProtectedVmsResponse.ProtoReflect.Descriptor instead.
 func (*WatchProtectedVmsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{27}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *WatchProtectedVmsResponse) GetVm() *ProtectedVm {
@@ -2264,14 +2392,22 @@ type RecoveryPoint struct {
 	// Whether a checkpoint stands exactly at it.
 	Checkpointed bool `protobuf:"varint,8,opt,name=checkpointed,proto3" json:"checkpointed,omitempty"`
 	// Bytes of its segments.
-	StoredBytes   int64 `protobuf:"varint,9,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	StoredBytes int64 `protobuf:"varint,9,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	// What its churn looked like; absent for points of earlier versions.
+	Signals *v1.ChurnSignals `protobuf:"bytes,10,opt,name=signals,proto3" json:"signals,omitempty"`
+	// Why it is kept: "all", "hourly", "daily", "newest" or "pinned".
+	Tier string `protobuf:"bytes,11,opt,name=tier,proto3" json:"tier,omitempty"`
+	// Who keeps it beyond that.
+	Pins []*PointPin `protobuf:"bytes,12,rep,name=pins,proto3" json:"pins,omitempty"`
+	// Whether it is suspected to be the work of ransomware, or came after such a point.
+	Suspected     bool `protobuf:"varint,13,opt,name=suspected,proto3" json:"suspected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RecoveryPoint) Reset() {
 	*x = RecoveryPoint{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2283,7 +2419,7 @@ func (x *RecoveryPoint) String() string {
 func (*RecoveryPoint) ProtoMessage() {}
 
 func (x *RecoveryPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[28]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2296,7 +2432,7 @@ func (x *RecoveryPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecoveryPoint.ProtoReflect.Descriptor instead.
 func (*RecoveryPoint) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{28}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *RecoveryPoint) GetName() string {
@@ -2362,6 +2498,638 @@ func (x *RecoveryPoint) GetStoredBytes() int64 {
 	return 0
 }
 
+func (x *RecoveryPoint) GetSignals() *v1.ChurnSignals {
+	if x != nil {
+		return x.Signals
+	}
+	return nil
+}
+
+func (x *RecoveryPoint) GetTier() string {
+	if x != nil {
+		return x.Tier
+	}
+	return ""
+}
+
+func (x *RecoveryPoint) GetPins() []*PointPin {
+	if x != nil {
+		return x.Pins
+	}
+	return nil
+}
+
+func (x *RecoveryPoint) GetSuspected() bool {
+	if x != nil {
+		return x.Suspected
+	}
+	return false
+}
+
+// PointPin keeps a point.
+type PointPin struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who: "hold/NAME", "failover/ID", "restore/SESSION" or "suspect/POINT".
+	Owner string `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"`
+	// Until when; absent for a hold.
+	Until *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	// Why.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PointPin) Reset() {
+	*x = PointPin{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PointPin) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PointPin) ProtoMessage() {}
+
+func (x *PointPin) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PointPin.ProtoReflect.Descriptor instead.
+func (*PointPin) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *PointPin) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *PointPin) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
+func (x *PointPin) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// HoldRecoveryPointRequest names the point.
+type HoldRecoveryPointRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Point ordinal.
+	Point uint64 `protobuf:"varint,2,opt,name=point,proto3" json:"point,omitempty"`
+	// Name of the hold, for example a case number.
+	Hold string `protobuf:"bytes,3,opt,name=hold,proto3" json:"hold,omitempty"`
+	// Why.
+	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldRecoveryPointRequest) Reset() {
+	*x = HoldRecoveryPointRequest{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRecoveryPointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRecoveryPointRequest) ProtoMessage() {}
+
+func (x *HoldRecoveryPointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRecoveryPointRequest.ProtoReflect.Descriptor instead.
+func (*HoldRecoveryPointRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *HoldRecoveryPointRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *HoldRecoveryPointRequest) GetPoint() uint64 {
+	if x != nil {
+		return x.Point
+	}
+	return 0
+}
+
+func (x *HoldRecoveryPointRequest) GetHold() string {
+	if x != nil {
+		return x.Hold
+	}
+	return ""
+}
+
+func (x *HoldRecoveryPointRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// HoldRecoveryPointResponse has the point.
+type HoldRecoveryPointResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The point with its pins.
+	Point         *RecoveryPoint `protobuf:"bytes,1,opt,name=point,proto3" json:"point,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldRecoveryPointResponse) Reset() {
+	*x = HoldRecoveryPointResponse{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRecoveryPointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRecoveryPointResponse) ProtoMessage() {}
+
+func (x *HoldRecoveryPointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRecoveryPointResponse.ProtoReflect.Descriptor instead.
+func (*HoldRecoveryPointResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *HoldRecoveryPointResponse) GetPoint() *RecoveryPoint {
+	if x != nil {
+		return x.Point
+	}
+	return nil
+}
+
+// ReleaseRecoveryPointRequest names the hold.
+type ReleaseRecoveryPointRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Name of the hold.
+	Hold          string `protobuf:"bytes,2,opt,name=hold,proto3" json:"hold,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRecoveryPointRequest) Reset() {
+	*x = ReleaseRecoveryPointRequest{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRecoveryPointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRecoveryPointRequest) ProtoMessage() {}
+
+func (x *ReleaseRecoveryPointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRecoveryPointRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseRecoveryPointRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ReleaseRecoveryPointRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *ReleaseRecoveryPointRequest) GetHold() string {
+	if x != nil {
+		return x.Hold
+	}
+	return ""
+}
+
+// ReleaseRecoveryPointResponse says what ended.
+type ReleaseRecoveryPointResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Points that the hold kept.
+	Points        []uint64 `protobuf:"varint,1,rep,packed,name=points,proto3" json:"points,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseRecoveryPointResponse) Reset() {
+	*x = ReleaseRecoveryPointResponse{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseRecoveryPointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseRecoveryPointResponse) ProtoMessage() {}
+
+func (x *ReleaseRecoveryPointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseRecoveryPointResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseRecoveryPointResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *ReleaseRecoveryPointResponse) GetPoints() []uint64 {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
+// ClearSuspicionRequest names the VM.
+type ClearSuspicionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm            string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearSuspicionRequest) Reset() {
+	*x = ClearSuspicionRequest{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearSuspicionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearSuspicionRequest) ProtoMessage() {}
+
+func (x *ClearSuspicionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearSuspicionRequest.ProtoReflect.Descriptor instead.
+func (*ClearSuspicionRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ClearSuspicionRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+// ClearSuspicionResponse has the record.
+type ClearSuspicionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The record.
+	Vm            *ProtectedVm `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClearSuspicionResponse) Reset() {
+	*x = ClearSuspicionResponse{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClearSuspicionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClearSuspicionResponse) ProtoMessage() {}
+
+func (x *ClearSuspicionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClearSuspicionResponse.ProtoReflect.Descriptor instead.
+func (*ClearSuspicionResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ClearSuspicionResponse) GetVm() *ProtectedVm {
+	if x != nil {
+		return x.Vm
+	}
+	return nil
+}
+
+// GetStorageUsageRequest names the VM.
+type GetStorageUsageRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm            string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetStorageUsageRequest) Reset() {
+	*x = GetStorageUsageRequest{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetStorageUsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetStorageUsageRequest) ProtoMessage() {}
+
+func (x *GetStorageUsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetStorageUsageRequest.ProtoReflect.Descriptor instead.
+func (*GetStorageUsageRequest) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *GetStorageUsageRequest) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+// StorageUsage is one kind of thing in storage.
+type StorageUsage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "journal", "staging", "replica", "snapshots", "orphans".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Objects, snapshots included.
+	Objects int64 `protobuf:"varint,2,opt,name=objects,proto3" json:"objects,omitempty"`
+	// Bytes billed: stored bytes of objects, written ranges of page blobs, unique pages of snapshots (an estimate).
+	Bytes int64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Of these, bytes that retention has given up and a write-once policy still keeps.
+	HiddenBytes int64 `protobuf:"varint,4,opt,name=hidden_bytes,json=hiddenBytes,proto3" json:"hidden_bytes,omitempty"`
+	// What the bytes cost a month, in the currency of the price table.
+	MonthlyCost   float64 `protobuf:"fixed64,5,opt,name=monthly_cost,json=monthlyCost,proto3" json:"monthly_cost,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StorageUsage) Reset() {
+	*x = StorageUsage{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StorageUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StorageUsage) ProtoMessage() {}
+
+func (x *StorageUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StorageUsage.ProtoReflect.Descriptor instead.
+func (*StorageUsage) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *StorageUsage) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *StorageUsage) GetObjects() int64 {
+	if x != nil {
+		return x.Objects
+	}
+	return 0
+}
+
+func (x *StorageUsage) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *StorageUsage) GetHiddenBytes() int64 {
+	if x != nil {
+		return x.HiddenBytes
+	}
+	return 0
+}
+
+func (x *StorageUsage) GetMonthlyCost() float64 {
+	if x != nil {
+		return x.MonthlyCost
+	}
+	return 0
+}
+
+// GetStorageUsageResponse has the sums.
+type GetStorageUsageResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By kind.
+	Usage []*StorageUsage `protobuf:"bytes,1,rep,name=usage,proto3" json:"usage,omitempty"`
+	// Requests a month at the rate of the last day, with their cost.
+	MonthlyRequests int64 `protobuf:"varint,2,opt,name=monthly_requests,json=monthlyRequests,proto3" json:"monthly_requests,omitempty"`
+	// What those requests cost a month.
+	MonthlyRequestCost float64 `protobuf:"fixed64,3,opt,name=monthly_request_cost,json=monthlyRequestCost,proto3" json:"monthly_request_cost,omitempty"`
+	// Sum of all.
+	MonthlyCost float64 `protobuf:"fixed64,4,opt,name=monthly_cost,json=monthlyCost,proto3" json:"monthly_cost,omitempty"`
+	// Currency of the price table, for example "USD".
+	Currency string `protobuf:"bytes,5,opt,name=currency,proto3" json:"currency,omitempty"`
+	// The price table used, as "name, date".
+	PriceTable string `protobuf:"bytes,6,opt,name=price_table,json=priceTable,proto3" json:"price_table,omitempty"`
+	// Points by tier.
+	Points        map[string]int64 `protobuf:"bytes,7,rep,name=points,proto3" json:"points,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetStorageUsageResponse) Reset() {
+	*x = GetStorageUsageResponse{}
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetStorageUsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetStorageUsageResponse) ProtoMessage() {}
+
+func (x *GetStorageUsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetStorageUsageResponse.ProtoReflect.Descriptor instead.
+func (*GetStorageUsageResponse) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *GetStorageUsageResponse) GetUsage() []*StorageUsage {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *GetStorageUsageResponse) GetMonthlyRequests() int64 {
+	if x != nil {
+		return x.MonthlyRequests
+	}
+	return 0
+}
+
+func (x *GetStorageUsageResponse) GetMonthlyRequestCost() float64 {
+	if x != nil {
+		return x.MonthlyRequestCost
+	}
+	return 0
+}
+
+func (x *GetStorageUsageResponse) GetMonthlyCost() float64 {
+	if x != nil {
+		return x.MonthlyCost
+	}
+	return 0
+}
+
+func (x *GetStorageUsageResponse) GetCurrency() string {
+	if x != nil {
+		return x.Currency
+	}
+	return ""
+}
+
+func (x *GetStorageUsageResponse) GetPriceTable() string {
+	if x != nil {
+		return x.PriceTable
+	}
+	return ""
+}
+
+func (x *GetStorageUsageResponse) GetPoints() map[string]int64 {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
 // ListRecoveryPointsRequest names the VM.
 type ListRecoveryPointsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2377,7 +3145,7 @@ type ListRecoveryPointsRequest struct {
 
 func (x *ListRecoveryPointsRequest) Reset() {
 	*x = ListRecoveryPointsRequest{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +3157,7 @@ func (x *ListRecoveryPointsRequest) String() string {
 func (*ListRecoveryPointsRequest) ProtoMessage() {}
 
 func (x *ListRecoveryPointsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[29]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +3170,7 @@ func (x *ListRecoveryPointsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRecoveryPointsRequest.ProtoReflect.Descriptor instead.
 func (*ListRecoveryPointsRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{29}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListRecoveryPointsRequest) GetVm() string {
@@ -2439,7 +3207,7 @@ type ListRecoveryPointsResponse struct {
 
 func (x *ListRecoveryPointsResponse) Reset() {
 	*x = ListRecoveryPointsResponse{}
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2451,7 +3219,7 @@ func (x *ListRecoveryPointsResponse) String() string {
 func (*ListRecoveryPointsResponse) ProtoMessage() {}
 
 func (x *ListRecoveryPointsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[30]
+	mi := &file_landfall_scheduler_v1_protection_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2464,7 +3232,7 @@ func (x *ListRecoveryPointsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRecoveryPointsResponse.ProtoReflect.Descriptor instead.
 func (*ListRecoveryPointsResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{30}
+	return file_landfall_scheduler_v1_protection_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListRecoveryPointsResponse) GetPoints() []*RecoveryPoint {
@@ -2534,7 +3302,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vfull_passes\x18\x06 \x01(\x03R\n" +
 	"fullPasses\x12!\n" +
 	"\fdirty_passes\x18\a \x01(\x03R\vdirtyPasses\x12%\n" +
-	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xff\f\n" +
+	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xd1\x0e\n" +
 	"\vProtectedVm\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12\x12\n" +
@@ -2576,7 +3344,19 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\rforce_disable\x18\x1f \x01(\bR\fforceDisable\x12C\n" +
 	"\bfailover\x18  \x01(\v2'.landfall.scheduler.v1.FailoverProgressR\bfailover\x12I\n" +
 	"\x13last_app_point_time\x18! \x01(\v2\x1a.google.protobuf.TimestampR\x10lastAppPointTime\x12R\n" +
-	"\x15app_consistency_error\x18\" \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x13appConsistencyError\"\xd7\x02\n" +
+	"\x15app_consistency_error\x18\" \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x13appConsistencyError\x12D\n" +
+	"\rapply_backlog\x18# \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\fapplyBacklog\x12>\n" +
+	"\tsuspicion\x18$ \x01(\v2 .landfall.scheduler.v1.SuspicionR\tsuspicion\x12J\n" +
+	"\x13last_retention_time\x18% \x01(\v2\x1a.google.protobuf.TimestampR\x11lastRetentionTime\"\xb6\x02\n" +
+	"\tSuspicion\x12\x14\n" +
+	"\x05point\x18\x01 \x01(\x04R\x05point\x125\n" +
+	"\bcut_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12&\n" +
+	"\x0flast_good_point\x18\x03 \x01(\x04R\rlastGoodPoint\x12@\n" +
+	"\x0elast_good_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\flastGoodTime\x129\n" +
+	"\asignals\x18\x05 \x01(\v2\x1f.landfall.types.v1.ChurnSignalsR\asignals\x12\x1f\n" +
+	"\vusual_bytes\x18\x06 \x01(\x03R\n" +
+	"usualBytes\x12\x16\n" +
+	"\x06pinned\x18\a \x01(\bR\x06pinned\"\xd7\x02\n" +
 	"\x10FailoverProgress\x12\x1a\n" +
 	"\bfailover\x18\x01 \x01(\tR\bfailover\x12:\n" +
 	"\x05stage\x18\x02 \x01(\x0e2$.landfall.scheduler.v1.FailoverStageR\x05stage\x12\x1f\n" +
@@ -2642,7 +3422,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\"i\n" +
 	"\x19WatchProtectedVmsResponse\x122\n" +
 	"\x02vm\x18\x01 \x01(\v2\".landfall.scheduler.v1.ProtectedVmR\x02vm\x12\x18\n" +
-	"\adeleted\x18\x02 \x01(\bR\adeleted\"\xe9\x02\n" +
+	"\adeleted\x18\x02 \x01(\bR\adeleted\"\x8b\x04\n" +
 	"\rRecoveryPoint\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aordinal\x18\x02 \x01(\x04R\aordinal\x12\x1a\n" +
@@ -2652,7 +3432,52 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vconsistency\x18\x06 \x01(\x0e2\x1e.landfall.types.v1.ConsistencyR\vconsistency\x12\x1c\n" +
 	"\tprocessed\x18\a \x01(\bR\tprocessed\x12\"\n" +
 	"\fcheckpointed\x18\b \x01(\bR\fcheckpointed\x12!\n" +
-	"\fstored_bytes\x18\t \x01(\x03R\vstoredBytes\"y\n" +
+	"\fstored_bytes\x18\t \x01(\x03R\vstoredBytes\x129\n" +
+	"\asignals\x18\n" +
+	" \x01(\v2\x1f.landfall.types.v1.ChurnSignalsR\asignals\x12\x12\n" +
+	"\x04tier\x18\v \x01(\tR\x04tier\x123\n" +
+	"\x04pins\x18\f \x03(\v2\x1f.landfall.scheduler.v1.PointPinR\x04pins\x12\x1c\n" +
+	"\tsuspected\x18\r \x01(\bR\tsuspected\"j\n" +
+	"\bPointPin\x12\x14\n" +
+	"\x05owner\x18\x01 \x01(\tR\x05owner\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xaa\x01\n" +
+	"\x18HoldRecoveryPointRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12\x1d\n" +
+	"\x05point\x18\x02 \x01(\x04B\a\xbaH\x042\x02 \x00R\x05point\x124\n" +
+	"\x04hold\x18\x03 \x01(\tB \xbaH\x1dr\x1b2\x19^[a-z0-9][a-z0-9-]{0,39}$R\x04hold\x12 \n" +
+	"\x06reason\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\"W\n" +
+	"\x19HoldRecoveryPointResponse\x12:\n" +
+	"\x05point\x18\x01 \x01(\v2$.landfall.scheduler.v1.RecoveryPointR\x05point\"S\n" +
+	"\x1bReleaseRecoveryPointRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12\x1b\n" +
+	"\x04hold\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04hold\"6\n" +
+	"\x1cReleaseRecoveryPointResponse\x12\x16\n" +
+	"\x06points\x18\x01 \x03(\x04R\x06points\"0\n" +
+	"\x15ClearSuspicionRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\"L\n" +
+	"\x16ClearSuspicionResponse\x122\n" +
+	"\x02vm\x18\x01 \x01(\v2\".landfall.scheduler.v1.ProtectedVmR\x02vm\"1\n" +
+	"\x16GetStorageUsageRequest\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\"\x98\x01\n" +
+	"\fStorageUsage\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x18\n" +
+	"\aobjects\x18\x02 \x01(\x03R\aobjects\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12!\n" +
+	"\fhidden_bytes\x18\x04 \x01(\x03R\vhiddenBytes\x12!\n" +
+	"\fmonthly_cost\x18\x05 \x01(\x01R\vmonthlyCost\"\xa0\x03\n" +
+	"\x17GetStorageUsageResponse\x129\n" +
+	"\x05usage\x18\x01 \x03(\v2#.landfall.scheduler.v1.StorageUsageR\x05usage\x12)\n" +
+	"\x10monthly_requests\x18\x02 \x01(\x03R\x0fmonthlyRequests\x120\n" +
+	"\x14monthly_request_cost\x18\x03 \x01(\x01R\x12monthlyRequestCost\x12!\n" +
+	"\fmonthly_cost\x18\x04 \x01(\x01R\vmonthlyCost\x12\x1a\n" +
+	"\bcurrency\x18\x05 \x01(\tR\bcurrency\x12\x1f\n" +
+	"\vprice_table\x18\x06 \x01(\tR\n" +
+	"priceTable\x12R\n" +
+	"\x06points\x18\a \x03(\v2:.landfall.scheduler.v1.GetStorageUsageResponse.PointsEntryR\x06points\x1a9\n" +
+	"\vPointsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"y\n" +
 	"\x19ListRecoveryPointsRequest\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
@@ -2681,7 +3506,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x1eFAILOVER_STAGE_STOPPING_SOURCE\x10\x03\x12%\n" +
 	"!FAILOVER_STAGE_SENDING_LAST_POINT\x10\x04\x12!\n" +
 	"\x1dFAILOVER_STAGE_READY_TO_CLOSE\x10\x05\x12\x19\n" +
-	"\x15FAILOVER_STAGE_CLOSED\x10\x062\xe5\v\n" +
+	"\x15FAILOVER_STAGE_CLOSED\x10\x062\xe3\x0f\n" +
 	"\x11ProtectionService\x12\x80\x01\n" +
 	"\tListHosts\x12'.landfall.scheduler.v1.ListHostsRequest\x1a(.landfall.scheduler.v1.ListHostsResponse\" \xaa\xbb\x18\x19\n" +
 	"\x15failover-orchestrator\x10\x01\x90\x02\x01\x12z\n" +
@@ -2699,7 +3524,11 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x11WatchProtectedVms\x12/.landfall.scheduler.v1.WatchProtectedVmsRequest\x1a0.landfall.scheduler.v1.WatchProtectedVmsResponse\" \xaa\xbb\x18\x19\n" +
 	"\x15failover-orchestrator\x10\x01\x90\x02\x010\x01\x12\x9b\x01\n" +
 	"\x12ListRecoveryPoints\x120.landfall.scheduler.v1.ListRecoveryPointsRequest\x1a1.landfall.scheduler.v1.ListRecoveryPointsResponse\" \xaa\xbb\x18\x19\n" +
-	"\x15failover-orchestrator\x10\x01\x90\x02\x01B\xef\x01\n" +
+	"\x15failover-orchestrator\x10\x01\x90\x02\x01\x12~\n" +
+	"\x11HoldRecoveryPoint\x12/.landfall.scheduler.v1.HoldRecoveryPointRequest\x1a0.landfall.scheduler.v1.HoldRecoveryPointResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12\x87\x01\n" +
+	"\x14ReleaseRecoveryPoint\x122.landfall.scheduler.v1.ReleaseRecoveryPointRequest\x1a3.landfall.scheduler.v1.ReleaseRecoveryPointResponse\"\x06\xaa\xbb\x18\x02\x10\x03\x12u\n" +
+	"\x0eClearSuspicion\x12,.landfall.scheduler.v1.ClearSuspicionRequest\x1a-.landfall.scheduler.v1.ClearSuspicionResponse\"\x06\xaa\xbb\x18\x02\x10\x02\x12{\n" +
+	"\x0fGetStorageUsage\x12-.landfall.scheduler.v1.GetStorageUsageRequest\x1a..landfall.scheduler.v1.GetStorageUsageResponse\"\t\xaa\xbb\x18\x02\x10\x01\x90\x02\x01B\xef\x01\n" +
 	"\x19com.landfall.scheduler.v1B\x0fProtectionProtoP\x01ZKgithub.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1;schedulerv1\xa2\x02\x03LSX\xaa\x02\x15Landfall.Scheduler.V1\xca\x02\x15Landfall\\Scheduler\\V1\xe2\x02!Landfall\\Scheduler\\V1\\GPBMetadata\xea\x02\x17Landfall::Scheduler::V1b\x06proto3"
 
 var (
@@ -2715,141 +3544,176 @@ func file_landfall_scheduler_v1_protection_proto_rawDescGZIP() []byte {
 }
 
 var file_landfall_scheduler_v1_protection_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_landfall_scheduler_v1_protection_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_landfall_scheduler_v1_protection_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_landfall_scheduler_v1_protection_proto_goTypes = []any{
-	(CyclePhase)(0),                    // 0: landfall.scheduler.v1.CyclePhase
-	(PassPhase)(0),                     // 1: landfall.scheduler.v1.PassPhase
-	(FailoverStage)(0),                 // 2: landfall.scheduler.v1.FailoverStage
-	(*Cycle)(nil),                      // 3: landfall.scheduler.v1.Cycle
-	(*Pass)(nil),                       // 4: landfall.scheduler.v1.Pass
-	(*PassWindow)(nil),                 // 5: landfall.scheduler.v1.PassWindow
-	(*Retry)(nil),                      // 6: landfall.scheduler.v1.Retry
-	(*ReplicationCounters)(nil),        // 7: landfall.scheduler.v1.ReplicationCounters
-	(*ProtectedVm)(nil),                // 8: landfall.scheduler.v1.ProtectedVm
-	(*FailoverProgress)(nil),           // 9: landfall.scheduler.v1.FailoverProgress
-	(*VmSummary)(nil),                  // 10: landfall.scheduler.v1.VmSummary
-	(*ListHostsRequest)(nil),           // 11: landfall.scheduler.v1.ListHostsRequest
-	(*ListHostsResponse)(nil),          // 12: landfall.scheduler.v1.ListHostsResponse
-	(*ListVmsRequest)(nil),             // 13: landfall.scheduler.v1.ListVmsRequest
-	(*ListVmsResponse)(nil),            // 14: landfall.scheduler.v1.ListVmsResponse
-	(*EnableProtectionRequest)(nil),    // 15: landfall.scheduler.v1.EnableProtectionRequest
-	(*EnableProtectionResponse)(nil),   // 16: landfall.scheduler.v1.EnableProtectionResponse
-	(*DisableProtectionRequest)(nil),   // 17: landfall.scheduler.v1.DisableProtectionRequest
-	(*DisableProtectionResponse)(nil),  // 18: landfall.scheduler.v1.DisableProtectionResponse
-	(*PauseReplicationRequest)(nil),    // 19: landfall.scheduler.v1.PauseReplicationRequest
-	(*PauseReplicationResponse)(nil),   // 20: landfall.scheduler.v1.PauseReplicationResponse
-	(*ResumeReplicationRequest)(nil),   // 21: landfall.scheduler.v1.ResumeReplicationRequest
-	(*ResumeReplicationResponse)(nil),  // 22: landfall.scheduler.v1.ResumeReplicationResponse
-	(*ResynchronizeRequest)(nil),       // 23: landfall.scheduler.v1.ResynchronizeRequest
-	(*ResynchronizeResponse)(nil),      // 24: landfall.scheduler.v1.ResynchronizeResponse
-	(*GetProtectedVmRequest)(nil),      // 25: landfall.scheduler.v1.GetProtectedVmRequest
-	(*GetProtectedVmResponse)(nil),     // 26: landfall.scheduler.v1.GetProtectedVmResponse
-	(*ListProtectedVmsRequest)(nil),    // 27: landfall.scheduler.v1.ListProtectedVmsRequest
-	(*ListProtectedVmsResponse)(nil),   // 28: landfall.scheduler.v1.ListProtectedVmsResponse
-	(*WatchProtectedVmsRequest)(nil),   // 29: landfall.scheduler.v1.WatchProtectedVmsRequest
-	(*WatchProtectedVmsResponse)(nil),  // 30: landfall.scheduler.v1.WatchProtectedVmsResponse
-	(*RecoveryPoint)(nil),              // 31: landfall.scheduler.v1.RecoveryPoint
-	(*ListRecoveryPointsRequest)(nil),  // 32: landfall.scheduler.v1.ListRecoveryPointsRequest
-	(*ListRecoveryPointsResponse)(nil), // 33: landfall.scheduler.v1.ListRecoveryPointsResponse
-	(v1.PointKind)(0),                  // 34: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil),      // 35: google.protobuf.Timestamp
-	(v1.Consistency)(0),                // 36: landfall.types.v1.Consistency
-	(v1.PassScope)(0),                  // 37: landfall.types.v1.PassScope
-	(*v1.ByteRange)(nil),               // 38: landfall.types.v1.ByteRange
-	(*v1.ErrorDetail)(nil),             // 39: landfall.types.v1.ErrorDetail
-	(v1.ProtectionState)(0),            // 40: landfall.types.v1.ProtectionState
-	(v1.Health)(0),                     // 41: landfall.types.v1.Health
-	(v1.ActiveLocation)(0),             // 42: landfall.types.v1.ActiveLocation
-	(v1.ResyncReason)(0),               // 43: landfall.types.v1.ResyncReason
-	(*v1.Machine)(nil),                 // 44: landfall.types.v1.Machine
-	(*durationpb.Duration)(nil),        // 45: google.protobuf.Duration
-	(*v11.Host)(nil),                   // 46: landfall.hostprovider.v1.Host
-	(*v11.Finding)(nil),                // 47: landfall.hostprovider.v1.Finding
-	(*v1.Job)(nil),                     // 48: landfall.types.v1.Job
+	(CyclePhase)(0),                      // 0: landfall.scheduler.v1.CyclePhase
+	(PassPhase)(0),                       // 1: landfall.scheduler.v1.PassPhase
+	(FailoverStage)(0),                   // 2: landfall.scheduler.v1.FailoverStage
+	(*Cycle)(nil),                        // 3: landfall.scheduler.v1.Cycle
+	(*Pass)(nil),                         // 4: landfall.scheduler.v1.Pass
+	(*PassWindow)(nil),                   // 5: landfall.scheduler.v1.PassWindow
+	(*Retry)(nil),                        // 6: landfall.scheduler.v1.Retry
+	(*ReplicationCounters)(nil),          // 7: landfall.scheduler.v1.ReplicationCounters
+	(*ProtectedVm)(nil),                  // 8: landfall.scheduler.v1.ProtectedVm
+	(*Suspicion)(nil),                    // 9: landfall.scheduler.v1.Suspicion
+	(*FailoverProgress)(nil),             // 10: landfall.scheduler.v1.FailoverProgress
+	(*VmSummary)(nil),                    // 11: landfall.scheduler.v1.VmSummary
+	(*ListHostsRequest)(nil),             // 12: landfall.scheduler.v1.ListHostsRequest
+	(*ListHostsResponse)(nil),            // 13: landfall.scheduler.v1.ListHostsResponse
+	(*ListVmsRequest)(nil),               // 14: landfall.scheduler.v1.ListVmsRequest
+	(*ListVmsResponse)(nil),              // 15: landfall.scheduler.v1.ListVmsResponse
+	(*EnableProtectionRequest)(nil),      // 16: landfall.scheduler.v1.EnableProtectionRequest
+	(*EnableProtectionResponse)(nil),     // 17: landfall.scheduler.v1.EnableProtectionResponse
+	(*DisableProtectionRequest)(nil),     // 18: landfall.scheduler.v1.DisableProtectionRequest
+	(*DisableProtectionResponse)(nil),    // 19: landfall.scheduler.v1.DisableProtectionResponse
+	(*PauseReplicationRequest)(nil),      // 20: landfall.scheduler.v1.PauseReplicationRequest
+	(*PauseReplicationResponse)(nil),     // 21: landfall.scheduler.v1.PauseReplicationResponse
+	(*ResumeReplicationRequest)(nil),     // 22: landfall.scheduler.v1.ResumeReplicationRequest
+	(*ResumeReplicationResponse)(nil),    // 23: landfall.scheduler.v1.ResumeReplicationResponse
+	(*ResynchronizeRequest)(nil),         // 24: landfall.scheduler.v1.ResynchronizeRequest
+	(*ResynchronizeResponse)(nil),        // 25: landfall.scheduler.v1.ResynchronizeResponse
+	(*GetProtectedVmRequest)(nil),        // 26: landfall.scheduler.v1.GetProtectedVmRequest
+	(*GetProtectedVmResponse)(nil),       // 27: landfall.scheduler.v1.GetProtectedVmResponse
+	(*ListProtectedVmsRequest)(nil),      // 28: landfall.scheduler.v1.ListProtectedVmsRequest
+	(*ListProtectedVmsResponse)(nil),     // 29: landfall.scheduler.v1.ListProtectedVmsResponse
+	(*WatchProtectedVmsRequest)(nil),     // 30: landfall.scheduler.v1.WatchProtectedVmsRequest
+	(*WatchProtectedVmsResponse)(nil),    // 31: landfall.scheduler.v1.WatchProtectedVmsResponse
+	(*RecoveryPoint)(nil),                // 32: landfall.scheduler.v1.RecoveryPoint
+	(*PointPin)(nil),                     // 33: landfall.scheduler.v1.PointPin
+	(*HoldRecoveryPointRequest)(nil),     // 34: landfall.scheduler.v1.HoldRecoveryPointRequest
+	(*HoldRecoveryPointResponse)(nil),    // 35: landfall.scheduler.v1.HoldRecoveryPointResponse
+	(*ReleaseRecoveryPointRequest)(nil),  // 36: landfall.scheduler.v1.ReleaseRecoveryPointRequest
+	(*ReleaseRecoveryPointResponse)(nil), // 37: landfall.scheduler.v1.ReleaseRecoveryPointResponse
+	(*ClearSuspicionRequest)(nil),        // 38: landfall.scheduler.v1.ClearSuspicionRequest
+	(*ClearSuspicionResponse)(nil),       // 39: landfall.scheduler.v1.ClearSuspicionResponse
+	(*GetStorageUsageRequest)(nil),       // 40: landfall.scheduler.v1.GetStorageUsageRequest
+	(*StorageUsage)(nil),                 // 41: landfall.scheduler.v1.StorageUsage
+	(*GetStorageUsageResponse)(nil),      // 42: landfall.scheduler.v1.GetStorageUsageResponse
+	(*ListRecoveryPointsRequest)(nil),    // 43: landfall.scheduler.v1.ListRecoveryPointsRequest
+	(*ListRecoveryPointsResponse)(nil),   // 44: landfall.scheduler.v1.ListRecoveryPointsResponse
+	nil,                                  // 45: landfall.scheduler.v1.GetStorageUsageResponse.PointsEntry
+	(v1.PointKind)(0),                    // 46: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil),        // 47: google.protobuf.Timestamp
+	(v1.Consistency)(0),                  // 48: landfall.types.v1.Consistency
+	(v1.PassScope)(0),                    // 49: landfall.types.v1.PassScope
+	(*v1.ByteRange)(nil),                 // 50: landfall.types.v1.ByteRange
+	(*v1.ErrorDetail)(nil),               // 51: landfall.types.v1.ErrorDetail
+	(v1.ProtectionState)(0),              // 52: landfall.types.v1.ProtectionState
+	(v1.Health)(0),                       // 53: landfall.types.v1.Health
+	(v1.ActiveLocation)(0),               // 54: landfall.types.v1.ActiveLocation
+	(v1.ResyncReason)(0),                 // 55: landfall.types.v1.ResyncReason
+	(*v1.Machine)(nil),                   // 56: landfall.types.v1.Machine
+	(*durationpb.Duration)(nil),          // 57: google.protobuf.Duration
+	(*v1.ApplyBacklog)(nil),              // 58: landfall.types.v1.ApplyBacklog
+	(*v1.ChurnSignals)(nil),              // 59: landfall.types.v1.ChurnSignals
+	(*v11.Host)(nil),                     // 60: landfall.hostprovider.v1.Host
+	(*v11.Finding)(nil),                  // 61: landfall.hostprovider.v1.Finding
+	(*v1.Job)(nil),                       // 62: landfall.types.v1.Job
 }
 var file_landfall_scheduler_v1_protection_proto_depIdxs = []int32{
 	0,  // 0: landfall.scheduler.v1.Cycle.phase:type_name -> landfall.scheduler.v1.CyclePhase
-	34, // 1: landfall.scheduler.v1.Cycle.kind:type_name -> landfall.types.v1.PointKind
-	35, // 2: landfall.scheduler.v1.Cycle.cut_time:type_name -> google.protobuf.Timestamp
-	36, // 3: landfall.scheduler.v1.Cycle.consistency:type_name -> landfall.types.v1.Consistency
-	35, // 4: landfall.scheduler.v1.Cycle.phase_time:type_name -> google.protobuf.Timestamp
+	46, // 1: landfall.scheduler.v1.Cycle.kind:type_name -> landfall.types.v1.PointKind
+	47, // 2: landfall.scheduler.v1.Cycle.cut_time:type_name -> google.protobuf.Timestamp
+	48, // 3: landfall.scheduler.v1.Cycle.consistency:type_name -> landfall.types.v1.Consistency
+	47, // 4: landfall.scheduler.v1.Cycle.phase_time:type_name -> google.protobuf.Timestamp
 	1,  // 5: landfall.scheduler.v1.Pass.phase:type_name -> landfall.scheduler.v1.PassPhase
-	37, // 6: landfall.scheduler.v1.Pass.scope:type_name -> landfall.types.v1.PassScope
+	49, // 6: landfall.scheduler.v1.Pass.scope:type_name -> landfall.types.v1.PassScope
 	5,  // 7: landfall.scheduler.v1.Pass.windows:type_name -> landfall.scheduler.v1.PassWindow
-	35, // 8: landfall.scheduler.v1.Pass.phase_time:type_name -> google.protobuf.Timestamp
-	38, // 9: landfall.scheduler.v1.PassWindow.window:type_name -> landfall.types.v1.ByteRange
-	35, // 10: landfall.scheduler.v1.PassWindow.publish_time:type_name -> google.protobuf.Timestamp
-	35, // 11: landfall.scheduler.v1.Retry.first_failure_time:type_name -> google.protobuf.Timestamp
-	35, // 12: landfall.scheduler.v1.Retry.next_time:type_name -> google.protobuf.Timestamp
-	39, // 13: landfall.scheduler.v1.Retry.error:type_name -> landfall.types.v1.ErrorDetail
-	40, // 14: landfall.scheduler.v1.ProtectedVm.state:type_name -> landfall.types.v1.ProtectionState
-	41, // 15: landfall.scheduler.v1.ProtectedVm.health:type_name -> landfall.types.v1.Health
-	39, // 16: landfall.scheduler.v1.ProtectedVm.health_reasons:type_name -> landfall.types.v1.ErrorDetail
-	42, // 17: landfall.scheduler.v1.ProtectedVm.active_location:type_name -> landfall.types.v1.ActiveLocation
+	47, // 8: landfall.scheduler.v1.Pass.phase_time:type_name -> google.protobuf.Timestamp
+	50, // 9: landfall.scheduler.v1.PassWindow.window:type_name -> landfall.types.v1.ByteRange
+	47, // 10: landfall.scheduler.v1.PassWindow.publish_time:type_name -> google.protobuf.Timestamp
+	47, // 11: landfall.scheduler.v1.Retry.first_failure_time:type_name -> google.protobuf.Timestamp
+	47, // 12: landfall.scheduler.v1.Retry.next_time:type_name -> google.protobuf.Timestamp
+	51, // 13: landfall.scheduler.v1.Retry.error:type_name -> landfall.types.v1.ErrorDetail
+	52, // 14: landfall.scheduler.v1.ProtectedVm.state:type_name -> landfall.types.v1.ProtectionState
+	53, // 15: landfall.scheduler.v1.ProtectedVm.health:type_name -> landfall.types.v1.Health
+	51, // 16: landfall.scheduler.v1.ProtectedVm.health_reasons:type_name -> landfall.types.v1.ErrorDetail
+	54, // 17: landfall.scheduler.v1.ProtectedVm.active_location:type_name -> landfall.types.v1.ActiveLocation
 	3,  // 18: landfall.scheduler.v1.ProtectedVm.cycle:type_name -> landfall.scheduler.v1.Cycle
 	4,  // 19: landfall.scheduler.v1.ProtectedVm.pass:type_name -> landfall.scheduler.v1.Pass
 	6,  // 20: landfall.scheduler.v1.ProtectedVm.retry:type_name -> landfall.scheduler.v1.Retry
-	43, // 21: landfall.scheduler.v1.ProtectedVm.resync_reason:type_name -> landfall.types.v1.ResyncReason
-	44, // 22: landfall.scheduler.v1.ProtectedVm.machine:type_name -> landfall.types.v1.Machine
-	35, // 23: landfall.scheduler.v1.ProtectedVm.last_point_time:type_name -> google.protobuf.Timestamp
-	35, // 24: landfall.scheduler.v1.ProtectedVm.next_cycle_time:type_name -> google.protobuf.Timestamp
+	55, // 21: landfall.scheduler.v1.ProtectedVm.resync_reason:type_name -> landfall.types.v1.ResyncReason
+	56, // 22: landfall.scheduler.v1.ProtectedVm.machine:type_name -> landfall.types.v1.Machine
+	47, // 23: landfall.scheduler.v1.ProtectedVm.last_point_time:type_name -> google.protobuf.Timestamp
+	47, // 24: landfall.scheduler.v1.ProtectedVm.next_cycle_time:type_name -> google.protobuf.Timestamp
 	7,  // 25: landfall.scheduler.v1.ProtectedVm.counters:type_name -> landfall.scheduler.v1.ReplicationCounters
-	35, // 26: landfall.scheduler.v1.ProtectedVm.create_time:type_name -> google.protobuf.Timestamp
-	35, // 27: landfall.scheduler.v1.ProtectedVm.update_time:type_name -> google.protobuf.Timestamp
-	45, // 28: landfall.scheduler.v1.ProtectedVm.rpo:type_name -> google.protobuf.Duration
-	40, // 29: landfall.scheduler.v1.ProtectedVm.paused_from:type_name -> landfall.types.v1.ProtectionState
-	9,  // 30: landfall.scheduler.v1.ProtectedVm.failover:type_name -> landfall.scheduler.v1.FailoverProgress
-	35, // 31: landfall.scheduler.v1.ProtectedVm.last_app_point_time:type_name -> google.protobuf.Timestamp
-	39, // 32: landfall.scheduler.v1.ProtectedVm.app_consistency_error:type_name -> landfall.types.v1.ErrorDetail
-	2,  // 33: landfall.scheduler.v1.FailoverProgress.stage:type_name -> landfall.scheduler.v1.FailoverStage
-	39, // 34: landfall.scheduler.v1.FailoverProgress.error:type_name -> landfall.types.v1.ErrorDetail
-	40, // 35: landfall.scheduler.v1.FailoverProgress.from:type_name -> landfall.types.v1.ProtectionState
-	35, // 36: landfall.scheduler.v1.FailoverProgress.stop_time:type_name -> google.protobuf.Timestamp
-	44, // 37: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
-	40, // 38: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
-	46, // 39: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
-	10, // 40: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
-	47, // 41: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
-	48, // 42: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	47, // 43: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
-	48, // 44: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	8,  // 45: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 46: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	48, // 47: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
-	8,  // 48: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 49: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 50: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	34, // 51: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
-	35, // 52: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
-	36, // 53: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
-	31, // 54: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
-	11, // 55: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
-	13, // 56: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
-	15, // 57: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
-	17, // 58: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
-	19, // 59: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
-	21, // 60: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
-	23, // 61: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
-	25, // 62: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
-	27, // 63: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
-	29, // 64: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
-	32, // 65: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
-	12, // 66: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
-	14, // 67: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
-	16, // 68: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
-	18, // 69: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
-	20, // 70: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
-	22, // 71: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
-	24, // 72: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
-	26, // 73: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
-	28, // 74: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
-	30, // 75: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
-	33, // 76: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
-	66, // [66:77] is the sub-list for method output_type
-	55, // [55:66] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	47, // 26: landfall.scheduler.v1.ProtectedVm.create_time:type_name -> google.protobuf.Timestamp
+	47, // 27: landfall.scheduler.v1.ProtectedVm.update_time:type_name -> google.protobuf.Timestamp
+	57, // 28: landfall.scheduler.v1.ProtectedVm.rpo:type_name -> google.protobuf.Duration
+	52, // 29: landfall.scheduler.v1.ProtectedVm.paused_from:type_name -> landfall.types.v1.ProtectionState
+	10, // 30: landfall.scheduler.v1.ProtectedVm.failover:type_name -> landfall.scheduler.v1.FailoverProgress
+	47, // 31: landfall.scheduler.v1.ProtectedVm.last_app_point_time:type_name -> google.protobuf.Timestamp
+	51, // 32: landfall.scheduler.v1.ProtectedVm.app_consistency_error:type_name -> landfall.types.v1.ErrorDetail
+	58, // 33: landfall.scheduler.v1.ProtectedVm.apply_backlog:type_name -> landfall.types.v1.ApplyBacklog
+	9,  // 34: landfall.scheduler.v1.ProtectedVm.suspicion:type_name -> landfall.scheduler.v1.Suspicion
+	47, // 35: landfall.scheduler.v1.ProtectedVm.last_retention_time:type_name -> google.protobuf.Timestamp
+	47, // 36: landfall.scheduler.v1.Suspicion.cut_time:type_name -> google.protobuf.Timestamp
+	47, // 37: landfall.scheduler.v1.Suspicion.last_good_time:type_name -> google.protobuf.Timestamp
+	59, // 38: landfall.scheduler.v1.Suspicion.signals:type_name -> landfall.types.v1.ChurnSignals
+	2,  // 39: landfall.scheduler.v1.FailoverProgress.stage:type_name -> landfall.scheduler.v1.FailoverStage
+	51, // 40: landfall.scheduler.v1.FailoverProgress.error:type_name -> landfall.types.v1.ErrorDetail
+	52, // 41: landfall.scheduler.v1.FailoverProgress.from:type_name -> landfall.types.v1.ProtectionState
+	47, // 42: landfall.scheduler.v1.FailoverProgress.stop_time:type_name -> google.protobuf.Timestamp
+	56, // 43: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
+	52, // 44: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
+	60, // 45: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
+	11, // 46: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
+	61, // 47: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
+	62, // 48: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	61, // 49: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
+	62, // 50: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 51: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 52: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	62, // 53: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 54: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 55: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 56: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	46, // 57: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
+	47, // 58: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
+	48, // 59: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
+	59, // 60: landfall.scheduler.v1.RecoveryPoint.signals:type_name -> landfall.types.v1.ChurnSignals
+	33, // 61: landfall.scheduler.v1.RecoveryPoint.pins:type_name -> landfall.scheduler.v1.PointPin
+	47, // 62: landfall.scheduler.v1.PointPin.until:type_name -> google.protobuf.Timestamp
+	32, // 63: landfall.scheduler.v1.HoldRecoveryPointResponse.point:type_name -> landfall.scheduler.v1.RecoveryPoint
+	8,  // 64: landfall.scheduler.v1.ClearSuspicionResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	41, // 65: landfall.scheduler.v1.GetStorageUsageResponse.usage:type_name -> landfall.scheduler.v1.StorageUsage
+	45, // 66: landfall.scheduler.v1.GetStorageUsageResponse.points:type_name -> landfall.scheduler.v1.GetStorageUsageResponse.PointsEntry
+	32, // 67: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
+	12, // 68: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
+	14, // 69: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
+	16, // 70: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
+	18, // 71: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
+	20, // 72: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
+	22, // 73: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
+	24, // 74: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
+	26, // 75: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
+	28, // 76: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
+	30, // 77: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
+	43, // 78: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
+	34, // 79: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:input_type -> landfall.scheduler.v1.HoldRecoveryPointRequest
+	36, // 80: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:input_type -> landfall.scheduler.v1.ReleaseRecoveryPointRequest
+	38, // 81: landfall.scheduler.v1.ProtectionService.ClearSuspicion:input_type -> landfall.scheduler.v1.ClearSuspicionRequest
+	40, // 82: landfall.scheduler.v1.ProtectionService.GetStorageUsage:input_type -> landfall.scheduler.v1.GetStorageUsageRequest
+	13, // 83: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
+	15, // 84: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
+	17, // 85: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
+	19, // 86: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
+	21, // 87: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
+	23, // 88: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
+	25, // 89: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
+	27, // 90: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
+	29, // 91: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
+	31, // 92: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
+	44, // 93: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
+	35, // 94: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:output_type -> landfall.scheduler.v1.HoldRecoveryPointResponse
+	37, // 95: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:output_type -> landfall.scheduler.v1.ReleaseRecoveryPointResponse
+	39, // 96: landfall.scheduler.v1.ProtectionService.ClearSuspicion:output_type -> landfall.scheduler.v1.ClearSuspicionResponse
+	42, // 97: landfall.scheduler.v1.ProtectionService.GetStorageUsage:output_type -> landfall.scheduler.v1.GetStorageUsageResponse
+	83, // [83:98] is the sub-list for method output_type
+	68, // [68:83] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_protection_proto_init() }
@@ -2863,7 +3727,7 @@ func file_landfall_scheduler_v1_protection_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_scheduler_v1_protection_proto_rawDesc), len(file_landfall_scheduler_v1_protection_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   31,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,17 +19,21 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	ProtectionService_ListHosts_FullMethodName          = "/landfall.scheduler.v1.ProtectionService/ListHosts"
-	ProtectionService_ListVms_FullMethodName            = "/landfall.scheduler.v1.ProtectionService/ListVms"
-	ProtectionService_EnableProtection_FullMethodName   = "/landfall.scheduler.v1.ProtectionService/EnableProtection"
-	ProtectionService_DisableProtection_FullMethodName  = "/landfall.scheduler.v1.ProtectionService/DisableProtection"
-	ProtectionService_PauseReplication_FullMethodName   = "/landfall.scheduler.v1.ProtectionService/PauseReplication"
-	ProtectionService_ResumeReplication_FullMethodName  = "/landfall.scheduler.v1.ProtectionService/ResumeReplication"
-	ProtectionService_Resynchronize_FullMethodName      = "/landfall.scheduler.v1.ProtectionService/Resynchronize"
-	ProtectionService_GetProtectedVm_FullMethodName     = "/landfall.scheduler.v1.ProtectionService/GetProtectedVm"
-	ProtectionService_ListProtectedVms_FullMethodName   = "/landfall.scheduler.v1.ProtectionService/ListProtectedVms"
-	ProtectionService_WatchProtectedVms_FullMethodName  = "/landfall.scheduler.v1.ProtectionService/WatchProtectedVms"
-	ProtectionService_ListRecoveryPoints_FullMethodName = "/landfall.scheduler.v1.ProtectionService/ListRecoveryPoints"
+	ProtectionService_ListHosts_FullMethodName            = "/landfall.scheduler.v1.ProtectionService/ListHosts"
+	ProtectionService_ListVms_FullMethodName              = "/landfall.scheduler.v1.ProtectionService/ListVms"
+	ProtectionService_EnableProtection_FullMethodName     = "/landfall.scheduler.v1.ProtectionService/EnableProtection"
+	ProtectionService_DisableProtection_FullMethodName    = "/landfall.scheduler.v1.ProtectionService/DisableProtection"
+	ProtectionService_PauseReplication_FullMethodName     = "/landfall.scheduler.v1.ProtectionService/PauseReplication"
+	ProtectionService_ResumeReplication_FullMethodName    = "/landfall.scheduler.v1.ProtectionService/ResumeReplication"
+	ProtectionService_Resynchronize_FullMethodName        = "/landfall.scheduler.v1.ProtectionService/Resynchronize"
+	ProtectionService_GetProtectedVm_FullMethodName       = "/landfall.scheduler.v1.ProtectionService/GetProtectedVm"
+	ProtectionService_ListProtectedVms_FullMethodName     = "/landfall.scheduler.v1.ProtectionService/ListProtectedVms"
+	ProtectionService_WatchProtectedVms_FullMethodName    = "/landfall.scheduler.v1.ProtectionService/WatchProtectedVms"
+	ProtectionService_ListRecoveryPoints_FullMethodName   = "/landfall.scheduler.v1.ProtectionService/ListRecoveryPoints"
+	ProtectionService_HoldRecoveryPoint_FullMethodName    = "/landfall.scheduler.v1.ProtectionService/HoldRecoveryPoint"
+	ProtectionService_ReleaseRecoveryPoint_FullMethodName = "/landfall.scheduler.v1.ProtectionService/ReleaseRecoveryPoint"
+	ProtectionService_ClearSuspicion_FullMethodName       = "/landfall.scheduler.v1.ProtectionService/ClearSuspicion"
+	ProtectionService_GetStorageUsage_FullMethodName      = "/landfall.scheduler.v1.ProtectionService/GetStorageUsage"
 )
 
 // ProtectionServiceClient is the client API for ProtectionService service.
@@ -66,6 +70,17 @@ type ProtectionServiceClient interface {
 	WatchProtectedVms(ctx context.Context, in *WatchProtectedVmsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchProtectedVmsResponse], error)
 	// ListRecoveryPoints reads the chain of a VM from storage, newest first. Reasons: NOT_PROTECTED, CHAIN_BROKEN, STORAGE_UNAVAILABLE.
 	ListRecoveryPoints(ctx context.Context, in *ListRecoveryPointsRequest, opts ...grpc.CallOption) (*ListRecoveryPointsResponse, error)
+	// HoldRecoveryPoint keeps a point until the hold is released, whatever the policy says (legal hold). Idempotent by name.
+	// Reasons: NOT_PROTECTED, POINT_NOT_FOUND, RETIRED, STORAGE_UNAVAILABLE.
+	HoldRecoveryPoint(ctx context.Context, in *HoldRecoveryPointRequest, opts ...grpc.CallOption) (*HoldRecoveryPointResponse, error)
+	// ReleaseRecoveryPoint ends a hold. Idempotent. Reasons: NOT_PROTECTED, STORAGE_UNAVAILABLE.
+	ReleaseRecoveryPoint(ctx context.Context, in *ReleaseRecoveryPointRequest, opts ...grpc.CallOption) (*ReleaseRecoveryPointResponse, error)
+	// ClearSuspicion says that a person looked at a suspected point and found nothing: its pins end and retention goes on.
+	// Idempotent. Reasons: NOT_PROTECTED.
+	ClearSuspicion(ctx context.Context, in *ClearSuspicionRequest, opts ...grpc.CallOption) (*ClearSuspicionResponse, error)
+	// GetStorageUsage counts what a VM's lineage takes in storage and what that costs a month by the price table. Reads the
+	// whole listing of its containers. Reasons: NOT_PROTECTED, STORAGE_UNAVAILABLE.
+	GetStorageUsage(ctx context.Context, in *GetStorageUsageRequest, opts ...grpc.CallOption) (*GetStorageUsageResponse, error)
 }
 
 type protectionServiceClient struct {
@@ -195,6 +210,46 @@ func (c *protectionServiceClient) ListRecoveryPoints(ctx context.Context, in *Li
 	return out, nil
 }
 
+func (c *protectionServiceClient) HoldRecoveryPoint(ctx context.Context, in *HoldRecoveryPointRequest, opts ...grpc.CallOption) (*HoldRecoveryPointResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HoldRecoveryPointResponse)
+	err := c.cc.Invoke(ctx, ProtectionService_HoldRecoveryPoint_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *protectionServiceClient) ReleaseRecoveryPoint(ctx context.Context, in *ReleaseRecoveryPointRequest, opts ...grpc.CallOption) (*ReleaseRecoveryPointResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReleaseRecoveryPointResponse)
+	err := c.cc.Invoke(ctx, ProtectionService_ReleaseRecoveryPoint_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *protectionServiceClient) ClearSuspicion(ctx context.Context, in *ClearSuspicionRequest, opts ...grpc.CallOption) (*ClearSuspicionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClearSuspicionResponse)
+	err := c.cc.Invoke(ctx, ProtectionService_ClearSuspicion_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *protectionServiceClient) GetStorageUsage(ctx context.Context, in *GetStorageUsageRequest, opts ...grpc.CallOption) (*GetStorageUsageResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetStorageUsageResponse)
+	err := c.cc.Invoke(ctx, ProtectionService_GetStorageUsage_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ProtectionServiceServer is the server API for ProtectionService service.
 // All implementations must embed UnimplementedProtectionServiceServer
 // for forward compatibility.
@@ -229,6 +284,17 @@ type ProtectionServiceServer interface {
 	WatchProtectedVms(*WatchProtectedVmsRequest, grpc.ServerStreamingServer[WatchProtectedVmsResponse]) error
 	// ListRecoveryPoints reads the chain of a VM from storage, newest first. Reasons: NOT_PROTECTED, CHAIN_BROKEN, STORAGE_UNAVAILABLE.
 	ListRecoveryPoints(context.Context, *ListRecoveryPointsRequest) (*ListRecoveryPointsResponse, error)
+	// HoldRecoveryPoint keeps a point until the hold is released, whatever the policy says (legal hold). Idempotent by name.
+	// Reasons: NOT_PROTECTED, POINT_NOT_FOUND, RETIRED, STORAGE_UNAVAILABLE.
+	HoldRecoveryPoint(context.Context, *HoldRecoveryPointRequest) (*HoldRecoveryPointResponse, error)
+	// ReleaseRecoveryPoint ends a hold. Idempotent. Reasons: NOT_PROTECTED, STORAGE_UNAVAILABLE.
+	ReleaseRecoveryPoint(context.Context, *ReleaseRecoveryPointRequest) (*ReleaseRecoveryPointResponse, error)
+	// ClearSuspicion says that a person looked at a suspected point and found nothing: its pins end and retention goes on.
+	// Idempotent. Reasons: NOT_PROTECTED.
+	ClearSuspicion(context.Context, *ClearSuspicionRequest) (*ClearSuspicionResponse, error)
+	// GetStorageUsage counts what a VM's lineage takes in storage and what that costs a month by the price table. Reads the
+	// whole listing of its containers. Reasons: NOT_PROTECTED, STORAGE_UNAVAILABLE.
+	GetStorageUsage(context.Context, *GetStorageUsageRequest) (*GetStorageUsageResponse, error)
 	mustEmbedUnimplementedProtectionServiceServer()
 }
 
@@ -271,6 +337,18 @@ func (UnimplementedProtectionServiceServer) WatchProtectedVms(*WatchProtectedVms
 }
 func (UnimplementedProtectionServiceServer) ListRecoveryPoints(context.Context, *ListRecoveryPointsRequest) (*ListRecoveryPointsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListRecoveryPoints not implemented")
+}
+func (UnimplementedProtectionServiceServer) HoldRecoveryPoint(context.Context, *HoldRecoveryPointRequest) (*HoldRecoveryPointResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method HoldRecoveryPoint not implemented")
+}
+func (UnimplementedProtectionServiceServer) ReleaseRecoveryPoint(context.Context, *ReleaseRecoveryPointRequest) (*ReleaseRecoveryPointResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReleaseRecoveryPoint not implemented")
+}
+func (UnimplementedProtectionServiceServer) ClearSuspicion(context.Context, *ClearSuspicionRequest) (*ClearSuspicionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ClearSuspicion not implemented")
+}
+func (UnimplementedProtectionServiceServer) GetStorageUsage(context.Context, *GetStorageUsageRequest) (*GetStorageUsageResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetStorageUsage not implemented")
 }
 func (UnimplementedProtectionServiceServer) mustEmbedUnimplementedProtectionServiceServer() {}
 func (UnimplementedProtectionServiceServer) testEmbeddedByValue()                           {}
@@ -484,6 +562,78 @@ func _ProtectionService_ListRecoveryPoints_Handler(srv interface{}, ctx context.
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ProtectionService_HoldRecoveryPoint_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HoldRecoveryPointRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProtectionServiceServer).HoldRecoveryPoint(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProtectionService_HoldRecoveryPoint_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProtectionServiceServer).HoldRecoveryPoint(ctx, req.(*HoldRecoveryPointRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ProtectionService_ReleaseRecoveryPoint_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReleaseRecoveryPointRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProtectionServiceServer).ReleaseRecoveryPoint(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProtectionService_ReleaseRecoveryPoint_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProtectionServiceServer).ReleaseRecoveryPoint(ctx, req.(*ReleaseRecoveryPointRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ProtectionService_ClearSuspicion_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClearSuspicionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProtectionServiceServer).ClearSuspicion(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProtectionService_ClearSuspicion_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProtectionServiceServer).ClearSuspicion(ctx, req.(*ClearSuspicionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ProtectionService_GetStorageUsage_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetStorageUsageRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ProtectionServiceServer).GetStorageUsage(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ProtectionService_GetStorageUsage_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ProtectionServiceServer).GetStorageUsage(ctx, req.(*GetStorageUsageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ProtectionService_ServiceDesc is the grpc.ServiceDesc for ProtectionService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -530,6 +680,22 @@ var ProtectionService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListRecoveryPoints",
 			Handler:    _ProtectionService_ListRecoveryPoints_Handler,
+		},
+		{
+			MethodName: "HoldRecoveryPoint",
+			Handler:    _ProtectionService_HoldRecoveryPoint_Handler,
+		},
+		{
+			MethodName: "ReleaseRecoveryPoint",
+			Handler:    _ProtectionService_ReleaseRecoveryPoint_Handler,
+		},
+		{
+			MethodName: "ClearSuspicion",
+			Handler:    _ProtectionService_ClearSuspicion_Handler,
+		},
+		{
+			MethodName: "GetStorageUsage",
+			Handler:    _ProtectionService_GetStorageUsage_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

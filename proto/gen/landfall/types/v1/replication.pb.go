@@ -636,6 +636,170 @@ func (x *TrackingStatus) GetPassRequired() bool {
 	return false
 }
 
+// ChurnSignals say what the changes of a point looked like.
+type ChurnSignals struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Distinct bytes changed, zeros included: the unique churn.
+	ChangedBytes int64 `protobuf:"varint,1,opt,name=changed_bytes,json=changedBytes,proto3" json:"changed_bytes,omitempty"`
+	// Of these, bytes that are zero now.
+	ZeroBytes int64 `protobuf:"varint,2,opt,name=zero_bytes,json=zeroBytes,proto3" json:"zero_bytes,omitempty"`
+	// Bytes of its segments, after compression.
+	StoredBytes int64 `protobuf:"varint,3,opt,name=stored_bytes,json=storedBytes,proto3" json:"stored_bytes,omitempty"`
+	// Of the changed bytes that are not zero, those in blocks of 64 KiB that do not shrink by 5 %.
+	IncompressibleBytes int64 `protobuf:"varint,4,opt,name=incompressible_bytes,json=incompressibleBytes,proto3" json:"incompressible_bytes,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *ChurnSignals) Reset() {
+	*x = ChurnSignals{}
+	mi := &file_landfall_types_v1_replication_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChurnSignals) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChurnSignals) ProtoMessage() {}
+
+func (x *ChurnSignals) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_types_v1_replication_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChurnSignals.ProtoReflect.Descriptor instead.
+func (*ChurnSignals) Descriptor() ([]byte, []int) {
+	return file_landfall_types_v1_replication_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ChurnSignals) GetChangedBytes() int64 {
+	if x != nil {
+		return x.ChangedBytes
+	}
+	return 0
+}
+
+func (x *ChurnSignals) GetZeroBytes() int64 {
+	if x != nil {
+		return x.ZeroBytes
+	}
+	return 0
+}
+
+func (x *ChurnSignals) GetStoredBytes() int64 {
+	if x != nil {
+		return x.StoredBytes
+	}
+	return 0
+}
+
+func (x *ChurnSignals) GetIncompressibleBytes() int64 {
+	if x != nil {
+		return x.IncompressibleBytes
+	}
+	return 0
+}
+
+// ApplyBacklog is what is received and not yet applied to the replica disks.
+type ApplyBacklog struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Stored bytes of the segments that wait.
+	Bytes int64 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Manifests that wait.
+	Manifests int64 `protobuf:"varint,2,opt,name=manifests,proto3" json:"manifests,omitempty"`
+	// How long applying them will take at the rate measured lately: what a failover to the newest point waits at least.
+	Estimate *durationpb.Duration `protobuf:"bytes,3,opt,name=estimate,proto3" json:"estimate,omitempty"`
+	// Age of the oldest point that waits.
+	Age *durationpb.Duration `protobuf:"bytes,4,opt,name=age,proto3" json:"age,omitempty"`
+	// When this was measured.
+	Time *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=time,proto3" json:"time,omitempty"`
+	// Whether it is above its bound.
+	High          bool `protobuf:"varint,6,opt,name=high,proto3" json:"high,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApplyBacklog) Reset() {
+	*x = ApplyBacklog{}
+	mi := &file_landfall_types_v1_replication_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApplyBacklog) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApplyBacklog) ProtoMessage() {}
+
+func (x *ApplyBacklog) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_types_v1_replication_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApplyBacklog.ProtoReflect.Descriptor instead.
+func (*ApplyBacklog) Descriptor() ([]byte, []int) {
+	return file_landfall_types_v1_replication_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ApplyBacklog) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *ApplyBacklog) GetManifests() int64 {
+	if x != nil {
+		return x.Manifests
+	}
+	return 0
+}
+
+func (x *ApplyBacklog) GetEstimate() *durationpb.Duration {
+	if x != nil {
+		return x.Estimate
+	}
+	return nil
+}
+
+func (x *ApplyBacklog) GetAge() *durationpb.Duration {
+	if x != nil {
+		return x.Age
+	}
+	return nil
+}
+
+func (x *ApplyBacklog) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *ApplyBacklog) GetHigh() bool {
+	if x != nil {
+		return x.High
+	}
+	return false
+}
+
 var File_landfall_types_v1_replication_proto protoreflect.FileDescriptor
 
 const file_landfall_types_v1_replication_proto_rawDesc = "" +
@@ -679,7 +843,20 @@ const file_landfall_types_v1_replication_proto_rawDesc = "" +
 	"\rresync_reason\x18\b \x01(\x0e2\x1f.landfall.types.v1.ResyncReasonR\fresyncReason\x12#\n" +
 	"\rresync_detail\x18\t \x01(\tR\fresyncDetail\x12#\n" +
 	"\rpass_required\x18\n" +
-	" \x01(\bR\fpassRequired*R\n" +
+	" \x01(\bR\fpassRequired\"\xa8\x01\n" +
+	"\fChurnSignals\x12#\n" +
+	"\rchanged_bytes\x18\x01 \x01(\x03R\fchangedBytes\x12\x1d\n" +
+	"\n" +
+	"zero_bytes\x18\x02 \x01(\x03R\tzeroBytes\x12!\n" +
+	"\fstored_bytes\x18\x03 \x01(\x03R\vstoredBytes\x121\n" +
+	"\x14incompressible_bytes\x18\x04 \x01(\x03R\x13incompressibleBytes\"\xea\x01\n" +
+	"\fApplyBacklog\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x1c\n" +
+	"\tmanifests\x18\x02 \x01(\x03R\tmanifests\x125\n" +
+	"\bestimate\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\bestimate\x12+\n" +
+	"\x03age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x03age\x12.\n" +
+	"\x04time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04high\x18\x06 \x01(\bR\x04high*R\n" +
 	"\tPointKind\x12\x1a\n" +
 	"\x16POINT_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fPOINT_KIND_BASE\x10\x01\x12\x14\n" +
@@ -710,7 +887,7 @@ func file_landfall_types_v1_replication_proto_rawDescGZIP() []byte {
 }
 
 var file_landfall_types_v1_replication_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_landfall_types_v1_replication_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_landfall_types_v1_replication_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_landfall_types_v1_replication_proto_goTypes = []any{
 	(PointKind)(0),                // 0: landfall.types.v1.PointKind
 	(PassScope)(0),                // 1: landfall.types.v1.PassScope
@@ -720,24 +897,29 @@ var file_landfall_types_v1_replication_proto_goTypes = []any{
 	(*DiskChange)(nil),            // 5: landfall.types.v1.DiskChange
 	(*DiskTracking)(nil),          // 6: landfall.types.v1.DiskTracking
 	(*TrackingStatus)(nil),        // 7: landfall.types.v1.TrackingStatus
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
-	(ResyncReason)(0),             // 10: landfall.types.v1.ResyncReason
+	(*ChurnSignals)(nil),          // 8: landfall.types.v1.ChurnSignals
+	(*ApplyBacklog)(nil),          // 9: landfall.types.v1.ApplyBacklog
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
+	(ResyncReason)(0),             // 12: landfall.types.v1.ResyncReason
 }
 var file_landfall_types_v1_replication_proto_depIdxs = []int32{
 	2,  // 0: landfall.types.v1.HostPoint.phase:type_name -> landfall.types.v1.PointPhase
 	1,  // 1: landfall.types.v1.HostPoint.scope:type_name -> landfall.types.v1.PassScope
-	8,  // 2: landfall.types.v1.HostPoint.cut_time:type_name -> google.protobuf.Timestamp
-	9,  // 3: landfall.types.v1.HostPoint.pause:type_name -> google.protobuf.Duration
+	10, // 2: landfall.types.v1.HostPoint.cut_time:type_name -> google.protobuf.Timestamp
+	11, // 3: landfall.types.v1.HostPoint.pause:type_name -> google.protobuf.Duration
 	5,  // 4: landfall.types.v1.HostPoint.disks:type_name -> landfall.types.v1.DiskChange
 	4,  // 5: landfall.types.v1.TrackingStatus.points:type_name -> landfall.types.v1.HostPoint
 	6,  // 6: landfall.types.v1.TrackingStatus.disks:type_name -> landfall.types.v1.DiskTracking
-	10, // 7: landfall.types.v1.TrackingStatus.resync_reason:type_name -> landfall.types.v1.ResyncReason
-	8,  // [8:8] is the sub-list for method output_type
-	8,  // [8:8] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	12, // 7: landfall.types.v1.TrackingStatus.resync_reason:type_name -> landfall.types.v1.ResyncReason
+	11, // 8: landfall.types.v1.ApplyBacklog.estimate:type_name -> google.protobuf.Duration
+	11, // 9: landfall.types.v1.ApplyBacklog.age:type_name -> google.protobuf.Duration
+	10, // 10: landfall.types.v1.ApplyBacklog.time:type_name -> google.protobuf.Timestamp
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_landfall_types_v1_replication_proto_init() }
@@ -752,7 +934,7 @@ func file_landfall_types_v1_replication_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_types_v1_replication_proto_rawDesc), len(file_landfall_types_v1_replication_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   5,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -25,6 +25,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// TransferClass says what a flow's bytes are for. Deltas come before copies, nobody starves.
+type TransferClass int32
+
+const (
+	// Invalid on input.
+	TransferClass_TRANSFER_CLASS_UNSPECIFIED TransferClass = 0
+	// Points: they decide the RPO.
+	TransferClass_TRANSFER_CLASS_DELTA TransferClass = 1
+	// Initial replication and passes.
+	TransferClass_TRANSFER_CLASS_COPY TransferClass = 2
+	// Resynchronisation by comparing.
+	TransferClass_TRANSFER_CLASS_RESYNC TransferClass = 3
+)
+
+// Enum value maps for TransferClass.
+var (
+	TransferClass_name = map[int32]string{
+		0: "TRANSFER_CLASS_UNSPECIFIED",
+		1: "TRANSFER_CLASS_DELTA",
+		2: "TRANSFER_CLASS_COPY",
+		3: "TRANSFER_CLASS_RESYNC",
+	}
+	TransferClass_value = map[string]int32{
+		"TRANSFER_CLASS_UNSPECIFIED": 0,
+		"TRANSFER_CLASS_DELTA":       1,
+		"TRANSFER_CLASS_COPY":        2,
+		"TRANSFER_CLASS_RESYNC":      3,
+	}
+)
+
+func (x TransferClass) Enum() *TransferClass {
+	p := new(TransferClass)
+	*p = x
+	return p
+}
+
+func (x TransferClass) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (TransferClass) Descriptor() protoreflect.EnumDescriptor {
+	return file_landfall_uploader_v1_uploader_proto_enumTypes[0].Descriptor()
+}
+
+func (TransferClass) Type() protoreflect.EnumType {
+	return &file_landfall_uploader_v1_uploader_proto_enumTypes[0]
+}
+
+func (x TransferClass) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use TransferClass.Descriptor instead.
+func (TransferClass) EnumDescriptor() ([]byte, []int) {
+	return file_landfall_uploader_v1_uploader_proto_rawDescGZIP(), []int{0}
+}
+
 // GetStatusRequest is empty.
 type GetStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -72,9 +129,13 @@ type GetStatusResponse struct {
 	// Bytes put into segments since start.
 	ShippedBytes int64 `protobuf:"varint,3,opt,name=shipped_bytes,json=shippedBytes,proto3" json:"shipped_bytes,omitempty"`
 	// Bytes written to replica disks since start.
-	AppliedBytes  int64 `protobuf:"varint,4,opt,name=applied_bytes,json=appliedBytes,proto3" json:"applied_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	AppliedBytes int64 `protobuf:"varint,4,opt,name=applied_bytes,json=appliedBytes,proto3" json:"applied_bytes,omitempty"`
+	// Objects and snapshots that retention deleted since start.
+	RetiredObjects int64 `protobuf:"varint,5,opt,name=retired_objects,json=retiredObjects,proto3" json:"retired_objects,omitempty"`
+	// Bytes a second that role ship may put now; 0 is no limit.
+	BandwidthBytesPerSecond int64 `protobuf:"varint,6,opt,name=bandwidth_bytes_per_second,json=bandwidthBytesPerSecond,proto3" json:"bandwidth_bytes_per_second,omitempty"`
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
 }
 
 func (x *GetStatusResponse) Reset() {
@@ -135,7 +196,21 @@ func (x *GetStatusResponse) GetAppliedBytes() int64 {
 	return 0
 }
 
-// Pass names one task of a pass.
+func (x *GetStatusResponse) GetRetiredObjects() int64 {
+	if x != nil {
+		return x.RetiredObjects
+	}
+	return 0
+}
+
+func (x *GetStatusResponse) GetBandwidthBytesPerSecond() int64 {
+	if x != nil {
+		return x.BandwidthBytesPerSecond
+	}
+	return 0
+}
+
+// PassTask names one task of a pass.
 type PassTask struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Pass ordinal.
@@ -480,6 +555,10 @@ type ApplyTask struct {
 	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// Make a checkpoint at the newest point reached when none is younger than this; absent: only where the rules demand one.
 	CheckpointAge *durationpb.Duration `protobuf:"bytes,4,opt,name=checkpoint_age,json=checkpointAge,proto3" json:"checkpoint_age,omitempty"`
+	// A failover waits for it: before everything that is not, and without delay.
+	Urgent bool `protobuf:"varint,5,opt,name=urgent,proto3" json:"urgent,omitempty"`
+	// How long received points may wait to be merged; absent means what the store's price of a request suggests.
+	Delay         *durationpb.Duration `protobuf:"bytes,6,opt,name=delay,proto3" json:"delay,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -542,17 +621,199 @@ func (x *ApplyTask) GetCheckpointAge() *durationpb.Duration {
 	return nil
 }
 
+func (x *ApplyTask) GetUrgent() bool {
+	if x != nil {
+		return x.Urgent
+	}
+	return false
+}
+
+func (x *ApplyTask) GetDelay() *durationpb.Duration {
+	if x != nil {
+		return x.Delay
+	}
+	return nil
+}
+
+// RetainTask runs one step of retention on a lineage. Carried by the work queue "retain". Idempotent; any number may be
+// merged. Ages are measured by storage time.
+type RetainTask struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}/vms/{vm}.
+	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
+	// Lineage.
+	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
+	// How long every point is kept.
+	KeepAll *durationpb.Duration `protobuf:"bytes,3,opt,name=keep_all,json=keepAll,proto3" json:"keep_all,omitempty"`
+	// How long one point an hour is kept.
+	KeepHourly *durationpb.Duration `protobuf:"bytes,4,opt,name=keep_hourly,json=keepHourly,proto3" json:"keep_hourly,omitempty"`
+	// How long points are kept at all, one a day at the end.
+	Retention *durationpb.Duration `protobuf:"bytes,5,opt,name=retention,proto3" json:"retention,omitempty"`
+	// Whether the VM's protection has ended: see docs/formats/retention.md.
+	Ended         bool `protobuf:"varint,6,opt,name=ended,proto3" json:"ended,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetainTask) Reset() {
+	*x = RetainTask{}
+	mi := &file_landfall_uploader_v1_uploader_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetainTask) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetainTask) ProtoMessage() {}
+
+func (x *RetainTask) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_uploader_v1_uploader_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetainTask.ProtoReflect.Descriptor instead.
+func (*RetainTask) Descriptor() ([]byte, []int) {
+	return file_landfall_uploader_v1_uploader_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RetainTask) GetVm() string {
+	if x != nil {
+		return x.Vm
+	}
+	return ""
+}
+
+func (x *RetainTask) GetLineage() string {
+	if x != nil {
+		return x.Lineage
+	}
+	return ""
+}
+
+func (x *RetainTask) GetKeepAll() *durationpb.Duration {
+	if x != nil {
+		return x.KeepAll
+	}
+	return nil
+}
+
+func (x *RetainTask) GetKeepHourly() *durationpb.Duration {
+	if x != nil {
+		return x.KeepHourly
+	}
+	return nil
+}
+
+func (x *RetainTask) GetRetention() *durationpb.Duration {
+	if x != nil {
+		return x.Retention
+	}
+	return nil
+}
+
+func (x *RetainTask) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+// TransferDemand is what one worker of a site wants to put into storage now, so that all of them share the site's budget.
+// Record of bucket "flows", key <site>.<worker>, written by that worker while it has work; too old means gone.
+type TransferDemand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// sites/{site}.
+	Site string `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	// Worker: service and a random id of the process.
+	Worker string `protobuf:"bytes,2,opt,name=worker,proto3" json:"worker,omitempty"`
+	// Streams in progress or waiting, by class (the names of TransferClass without prefix, lower case).
+	Streams map[string]int32 `protobuf:"bytes,3,rep,name=streams,proto3" json:"streams,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// When it was written, by the worker's clock; observers use the record's age by the bus.
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferDemand) Reset() {
+	*x = TransferDemand{}
+	mi := &file_landfall_uploader_v1_uploader_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferDemand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferDemand) ProtoMessage() {}
+
+func (x *TransferDemand) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_uploader_v1_uploader_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferDemand.ProtoReflect.Descriptor instead.
+func (*TransferDemand) Descriptor() ([]byte, []int) {
+	return file_landfall_uploader_v1_uploader_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *TransferDemand) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *TransferDemand) GetWorker() string {
+	if x != nil {
+		return x.Worker
+	}
+	return ""
+}
+
+func (x *TransferDemand) GetStreams() map[string]int32 {
+	if x != nil {
+		return x.Streams
+	}
+	return nil
+}
+
+func (x *TransferDemand) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
 var File_landfall_uploader_v1_uploader_proto protoreflect.FileDescriptor
 
 const file_landfall_uploader_v1_uploader_proto_rawDesc = "" +
 	"\n" +
 	"#landfall/uploader/v1/uploader.proto\x12\x14landfall.uploader.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\x1a\x1flandfall/types/v1/machine.proto\x1a\"landfall/types/v1/protection.proto\x1a#landfall/types/v1/replication.proto\"\x12\n" +
-	"\x10GetStatusRequest\"\x96\x01\n" +
+	"\x10GetStatusRequest\"\xfc\x01\n" +
 	"\x11GetStatusResponse\x12\x14\n" +
 	"\x05roles\x18\x01 \x03(\tR\x05roles\x12!\n" +
 	"\factive_tasks\x18\x02 \x03(\tR\vactiveTasks\x12#\n" +
 	"\rshipped_bytes\x18\x03 \x01(\x03R\fshippedBytes\x12#\n" +
-	"\rapplied_bytes\x18\x04 \x01(\x03R\fappliedBytes\"\xe9\x01\n" +
+	"\rapplied_bytes\x18\x04 \x01(\x03R\fappliedBytes\x12'\n" +
+	"\x0fretired_objects\x18\x05 \x01(\x03R\x0eretiredObjects\x12;\n" +
+	"\x1abandwidth_bytes_per_second\x18\x06 \x01(\x03R\x17bandwidthBytesPerSecond\"\xe9\x01\n" +
 	"\bPassTask\x12!\n" +
 	"\aordinal\x18\x01 \x01(\x04B\a\xbaH\x042\x02 \x00R\aordinal\x12\x1d\n" +
 	"\x05index\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02 \x00R\x05index\x12\x1d\n" +
@@ -578,12 +839,36 @@ const file_landfall_uploader_v1_uploader_proto_rawDesc = "" +
 	"\aordinal\x18\x01 \x01(\x04B\a\xbaH\x042\x02 \x00R\aordinal\x120\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1c.landfall.types.v1.PointKindR\x04kind\x125\n" +
 	"\bcut_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12@\n" +
-	"\vconsistency\x18\x04 \x01(\x0e2\x1e.landfall.types.v1.ConsistencyR\vconsistency\"\xb3\x01\n" +
+	"\vconsistency\x18\x04 \x01(\x0e2\x1e.landfall.types.v1.ConsistencyR\vconsistency\"\xfc\x01\n" +
 	"\tApplyTask\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
 	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12@\n" +
-	"\x0echeckpoint_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\rcheckpointAge2\x85\x01\n" +
+	"\x0echeckpoint_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\rcheckpointAge\x12\x16\n" +
+	"\x06urgent\x18\x05 \x01(\bR\x06urgent\x12/\n" +
+	"\x05delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x05delay\"\x97\x02\n" +
+	"\n" +
+	"RetainTask\x12\x17\n" +
+	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12/\n" +
+	"\alineage\x18\x02 \x01(\tB\x15\xbaH\x12r\x102\x0e^[0-9a-f]{32}$R\alineage\x124\n" +
+	"\bkeep_all\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\akeepAll\x12:\n" +
+	"\vkeep_hourly\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"keepHourly\x127\n" +
+	"\tretention\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tretention\x12\x14\n" +
+	"\x05ended\x18\x06 \x01(\bR\x05ended\"\xf5\x01\n" +
+	"\x0eTransferDemand\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x16\n" +
+	"\x06worker\x18\x02 \x01(\tR\x06worker\x12K\n" +
+	"\astreams\x18\x03 \x03(\v21.landfall.uploader.v1.TransferDemand.StreamsEntryR\astreams\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x1a:\n" +
+	"\fStreamsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01*}\n" +
+	"\rTransferClass\x12\x1e\n" +
+	"\x1aTRANSFER_CLASS_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14TRANSFER_CLASS_DELTA\x10\x01\x12\x17\n" +
+	"\x13TRANSFER_CLASS_COPY\x10\x02\x12\x19\n" +
+	"\x15TRANSFER_CLASS_RESYNC\x10\x032\x85\x01\n" +
 	"\x0fUploaderService\x12r\n" +
 	"\tGetStatus\x12&.landfall.uploader.v1.GetStatusRequest\x1a'.landfall.uploader.v1.GetStatusResponse\"\x14\xaa\xbb\x18\r\n" +
 	"\tscheduler\x10\x01\x90\x02\x01B\xe6\x01\n" +
@@ -601,41 +886,52 @@ func file_landfall_uploader_v1_uploader_proto_rawDescGZIP() []byte {
 	return file_landfall_uploader_v1_uploader_proto_rawDescData
 }
 
-var file_landfall_uploader_v1_uploader_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_landfall_uploader_v1_uploader_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_landfall_uploader_v1_uploader_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_landfall_uploader_v1_uploader_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),      // 0: landfall.uploader.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),     // 1: landfall.uploader.v1.GetStatusResponse
-	(*PassTask)(nil),              // 2: landfall.uploader.v1.PassTask
-	(*ShipTask)(nil),              // 3: landfall.uploader.v1.ShipTask
-	(*PointTask)(nil),             // 4: landfall.uploader.v1.PointTask
-	(*ApplyTask)(nil),             // 5: landfall.uploader.v1.ApplyTask
-	(v1.PassScope)(0),             // 6: landfall.types.v1.PassScope
-	(*v1.ByteRange)(nil),          // 7: landfall.types.v1.ByteRange
-	(*v1.Disk)(nil),               // 8: landfall.types.v1.Disk
-	(*v1.Machine)(nil),            // 9: landfall.types.v1.Machine
-	(v1.PointKind)(0),             // 10: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
-	(v1.Consistency)(0),           // 12: landfall.types.v1.Consistency
-	(*durationpb.Duration)(nil),   // 13: google.protobuf.Duration
+	(TransferClass)(0),            // 0: landfall.uploader.v1.TransferClass
+	(*GetStatusRequest)(nil),      // 1: landfall.uploader.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),     // 2: landfall.uploader.v1.GetStatusResponse
+	(*PassTask)(nil),              // 3: landfall.uploader.v1.PassTask
+	(*ShipTask)(nil),              // 4: landfall.uploader.v1.ShipTask
+	(*PointTask)(nil),             // 5: landfall.uploader.v1.PointTask
+	(*ApplyTask)(nil),             // 6: landfall.uploader.v1.ApplyTask
+	(*RetainTask)(nil),            // 7: landfall.uploader.v1.RetainTask
+	(*TransferDemand)(nil),        // 8: landfall.uploader.v1.TransferDemand
+	nil,                           // 9: landfall.uploader.v1.TransferDemand.StreamsEntry
+	(v1.PassScope)(0),             // 10: landfall.types.v1.PassScope
+	(*v1.ByteRange)(nil),          // 11: landfall.types.v1.ByteRange
+	(*v1.Disk)(nil),               // 12: landfall.types.v1.Disk
+	(*v1.Machine)(nil),            // 13: landfall.types.v1.Machine
+	(v1.PointKind)(0),             // 14: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(v1.Consistency)(0),           // 16: landfall.types.v1.Consistency
+	(*durationpb.Duration)(nil),   // 17: google.protobuf.Duration
 }
 var file_landfall_uploader_v1_uploader_proto_depIdxs = []int32{
-	6,  // 0: landfall.uploader.v1.PassTask.scope:type_name -> landfall.types.v1.PassScope
-	7,  // 1: landfall.uploader.v1.PassTask.window:type_name -> landfall.types.v1.ByteRange
-	8,  // 2: landfall.uploader.v1.ShipTask.disks:type_name -> landfall.types.v1.Disk
-	4,  // 3: landfall.uploader.v1.ShipTask.point:type_name -> landfall.uploader.v1.PointTask
-	2,  // 4: landfall.uploader.v1.ShipTask.pass:type_name -> landfall.uploader.v1.PassTask
-	9,  // 5: landfall.uploader.v1.ShipTask.machine:type_name -> landfall.types.v1.Machine
-	10, // 6: landfall.uploader.v1.PointTask.kind:type_name -> landfall.types.v1.PointKind
-	11, // 7: landfall.uploader.v1.PointTask.cut_time:type_name -> google.protobuf.Timestamp
-	12, // 8: landfall.uploader.v1.PointTask.consistency:type_name -> landfall.types.v1.Consistency
-	13, // 9: landfall.uploader.v1.ApplyTask.checkpoint_age:type_name -> google.protobuf.Duration
-	0,  // 10: landfall.uploader.v1.UploaderService.GetStatus:input_type -> landfall.uploader.v1.GetStatusRequest
-	1,  // 11: landfall.uploader.v1.UploaderService.GetStatus:output_type -> landfall.uploader.v1.GetStatusResponse
-	11, // [11:12] is the sub-list for method output_type
-	10, // [10:11] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	10, // 0: landfall.uploader.v1.PassTask.scope:type_name -> landfall.types.v1.PassScope
+	11, // 1: landfall.uploader.v1.PassTask.window:type_name -> landfall.types.v1.ByteRange
+	12, // 2: landfall.uploader.v1.ShipTask.disks:type_name -> landfall.types.v1.Disk
+	5,  // 3: landfall.uploader.v1.ShipTask.point:type_name -> landfall.uploader.v1.PointTask
+	3,  // 4: landfall.uploader.v1.ShipTask.pass:type_name -> landfall.uploader.v1.PassTask
+	13, // 5: landfall.uploader.v1.ShipTask.machine:type_name -> landfall.types.v1.Machine
+	14, // 6: landfall.uploader.v1.PointTask.kind:type_name -> landfall.types.v1.PointKind
+	15, // 7: landfall.uploader.v1.PointTask.cut_time:type_name -> google.protobuf.Timestamp
+	16, // 8: landfall.uploader.v1.PointTask.consistency:type_name -> landfall.types.v1.Consistency
+	17, // 9: landfall.uploader.v1.ApplyTask.checkpoint_age:type_name -> google.protobuf.Duration
+	17, // 10: landfall.uploader.v1.ApplyTask.delay:type_name -> google.protobuf.Duration
+	17, // 11: landfall.uploader.v1.RetainTask.keep_all:type_name -> google.protobuf.Duration
+	17, // 12: landfall.uploader.v1.RetainTask.keep_hourly:type_name -> google.protobuf.Duration
+	17, // 13: landfall.uploader.v1.RetainTask.retention:type_name -> google.protobuf.Duration
+	9,  // 14: landfall.uploader.v1.TransferDemand.streams:type_name -> landfall.uploader.v1.TransferDemand.StreamsEntry
+	15, // 15: landfall.uploader.v1.TransferDemand.time:type_name -> google.protobuf.Timestamp
+	1,  // 16: landfall.uploader.v1.UploaderService.GetStatus:input_type -> landfall.uploader.v1.GetStatusRequest
+	2,  // 17: landfall.uploader.v1.UploaderService.GetStatus:output_type -> landfall.uploader.v1.GetStatusResponse
+	17, // [17:18] is the sub-list for method output_type
+	16, // [16:17] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_landfall_uploader_v1_uploader_proto_init() }
@@ -652,13 +948,14 @@ func file_landfall_uploader_v1_uploader_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_uploader_v1_uploader_proto_rawDesc), len(file_landfall_uploader_v1_uploader_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   6,
+			NumEnums:      1,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_landfall_uploader_v1_uploader_proto_goTypes,
 		DependencyIndexes: file_landfall_uploader_v1_uploader_proto_depIdxs,
+		EnumInfos:         file_landfall_uploader_v1_uploader_proto_enumTypes,
 		MessageInfos:      file_landfall_uploader_v1_uploader_proto_msgTypes,
 	}.Build()
 	File_landfall_uploader_v1_uploader_proto = out.File
