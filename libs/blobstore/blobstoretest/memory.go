@@ -28,7 +28,8 @@ type Memory struct {
 }
 
 type memContainer struct {
-	blobs btree.Map[string, *memBlob]
+	blobs      btree.Map[string, *memBlob]
+	protection blobstore.Protection
 }
 
 // memChunk is the unit of copy-on-write of page blobs. A chunk is never changed once it is in a map.
@@ -43,6 +44,7 @@ type memBlob struct {
 	leaseDur time.Duration
 	leaseEnd time.Time
 	snaps    []*memBlob // oldest first
+	created  time.Time  // what a write-once policy counts from
 }
 
 // NewMemory returns an empty store with a virtual clock.
@@ -154,7 +156,7 @@ func (h memHandle) enter(ctx context.Context, op, name string) (*memContainer, e
 	c, ok := h.m.containers.Get(h.name)
 	if !ok {
 		h.m.mu.Unlock()
-		return nil, fmt.Errorf("%s %s/%s: no container: %w", op, h.name, name, blobstore.ErrNotFound)
+		return nil, fmt.Errorf("%s %s/%s: %w", op, h.name, name, blobstore.ErrNoContainer)
 	}
 	return c, nil
 }
@@ -225,12 +227,15 @@ func (h memHandle) Put(ctx context.Context, name string, body io.ReadSeeker, siz
 		if err := h.m.allow(b, cond, true); err != nil {
 			return fail(err)
 		}
+		if err := c.overwritable(); err != nil {
+			return fail(err)
+		}
 	case cond.Lease != "":
 		return fail(blobstore.ErrLeaseConflict)
 	case cond.IfMatch != "":
 		return fail(blobstore.ErrConditionFailed)
 	default:
-		b = &memBlob{props: blobstore.Properties{Name: name}}
+		b = &memBlob{props: blobstore.Properties{Name: name}, created: h.m.time()}
 		c.blobs.Set(name, b)
 	}
 	b.data, b.props.Size = data, size
@@ -333,6 +338,9 @@ func (h memHandle) Delete(ctx context.Context, name string, cond blobstore.Condi
 	}
 	defer h.m.mu.Unlock()
 	if err := h.m.allow(b, cond, true); err != nil {
+		return fmt.Errorf("delete %s/%s: %w", h.name, name, err)
+	}
+	if err := c.deletable(b, h.m.time()); err != nil {
 		return fmt.Errorf("delete %s/%s: %w", h.name, name, err)
 	}
 	c.blobs.Delete(name)

@@ -37,7 +37,7 @@ func (h memHandle) CreatePages(ctx context.Context, name string, size int64, met
 	}
 	b := &memBlob{
 		props:  blobstore.Properties{Name: name, Size: size, IsPages: true, Metadata: maps.Clone(metadata)},
-		chunks: map[int64][]byte{},
+		chunks: map[int64][]byte{}, created: h.m.time(),
 	}
 	h.m.touch(&b.props)
 	c.blobs.Set(name, b)
@@ -46,7 +46,7 @@ func (h memHandle) CreatePages(ctx context.Context, name string, size int64, met
 
 // change runs fn on a page blob under cond and stamps it.
 func (h memHandle) change(ctx context.Context, op, name string, cond blobstore.Conditions, fn func(*memBlob) error) (blobstore.Properties, error) {
-	_, b, err := h.find(ctx, op, name)
+	c, b, err := h.find(ctx, op, name)
 	if err != nil {
 		return blobstore.Properties{}, err
 	}
@@ -58,6 +58,9 @@ func (h memHandle) change(ctx context.Context, op, name string, cond blobstore.C
 		err = fmt.Errorf("%w: create-only", blobstore.ErrInvalid)
 	default:
 		err = h.m.allow(b, cond, true)
+	}
+	if err == nil {
+		err = c.overwritable()
 	}
 	if err == nil {
 		err = fn(b)

@@ -3,6 +3,7 @@ package blobstoretest
 import (
 	"bytes"
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -79,4 +80,31 @@ func TestFaulty(t *testing.T) {
 	_, err = r.Read(make([]byte, 1))
 	require.ErrorIs(t, err, ErrCrashed)
 	require.ErrorIs(t, lastError(f.Container("box").List(ctx, "", "")), ErrCrashed)
+}
+
+func TestMemoryWriteOnce(t *testing.T) {
+	ctx := t.Context()
+	m := NewMemory()
+	require.ErrorIs(t, m.ProtectContainer(ctx, "journal", blobstore.Protection{WriteOnce: time.Hour}), blobstore.ErrNoContainer)
+	require.NoError(t, m.CreateContainer(ctx, "journal"))
+	require.NoError(t, m.ProtectContainer(ctx, "journal", blobstore.Protection{WriteOnce: time.Hour, LegalHold: true}))
+	require.NoError(t, m.ProtectContainer(ctx, "journal", blobstore.Protection{WriteOnce: time.Minute}))
+	p, err := m.ContainerProtection(ctx, "journal")
+	require.NoError(t, err)
+	require.Equal(t, blobstore.Protection{WriteOnce: time.Hour, LegalHold: true}, p)
+	c := m.Container("journal")
+	put := func(cond blobstore.Conditions) error {
+		_, err := c.Put(ctx, "a", strings.NewReader("x"), 1, cond)
+		return err
+	}
+	require.NoError(t, put(blobstore.Conditions{}))
+	require.ErrorIs(t, put(blobstore.Conditions{}), blobstore.ErrWriteOnce)
+	require.ErrorIs(t, put(blobstore.Conditions{CreateOnly: true}), blobstore.ErrExists)
+	m.Advance(time.Hour)
+	require.ErrorIs(t, c.Delete(ctx, "a", blobstore.Conditions{}), blobstore.ErrWriteOnce, "the hold")
+	m.LiftLegalHold("journal")
+	require.ErrorIs(t, put(blobstore.Conditions{}), blobstore.ErrWriteOnce)
+	require.NoError(t, c.Delete(ctx, "a", blobstore.Conditions{}))
+	require.NoError(t, put(blobstore.Conditions{CreateOnly: true}))
+	require.ErrorIs(t, c.Delete(ctx, "a", blobstore.Conditions{}), blobstore.ErrWriteOnce)
 }
