@@ -40,10 +40,15 @@ type RetiredRange struct {
 
 // Pin keeps what is needed to reach the manifest Seq.
 type Pin struct {
-	Seq    Seq       `json:"seq"`
-	Owner  string    `json:"owner"`
+	Seq Seq `json:"seq"`
+	// Owner is "failover/<id>", "restore/<session>", "hold/<name>" or "suspect/<ordinal>".
+	Owner string `json:"owner"`
+	// Until ends it, by storage time; zero for a hold, which has no end.
 	Until  time.Time `json:"until,omitzero"`
 	Reason string    `json:"reason,omitempty"`
+	// From is set by Replica.Pin: the checkpoint that Seq was reached from then. Everything above it up to Seq is kept,
+	// and it.
+	From Seq `json:"from,omitempty"`
 }
 
 // Anchor is the state of the chain at a base, point or rewind, so that readers can go on without what is below it.

@@ -254,8 +254,16 @@ type Point struct {
 	CutTime     time.Time
 	Consistency Consistency
 	Bytes       int64 // stored bytes of its segments
+	// Stored is when its manifest was stored, by storage time: ages are measured by it.
+	Stored time.Time
 	// Processed: the replica's page blobs have taken it in. Checkpointed: a checkpoint marks exactly it.
 	Processed, Checkpointed bool
+	// Checkpoint is the manifest of the checkpoint it is reached from; 0 when the chain is replayed from its beginning.
+	Checkpoint Seq
+	// Tier is why it is kept, by the Keep of the last Retain; TierNone when the next one retires it.
+	Tier Tier
+	// Pins at its manifest.
+	Pins []Pin
 }
 
 func isHex(s string, n int) bool {

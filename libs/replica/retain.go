@@ -1,0 +1,84 @@
+package replica
+
+import (
+	"context"
+	"fmt"
+	"time"
+)
+
+// Tier is why a point is kept. A point may have several reasons; the first in the order of these constants is told.
+type Tier string
+
+// The tiers.
+const (
+	TierNone   Tier = ""       // no longer kept: the next Retain retires it
+	TierAll    Tier = "all"    // younger than Keep.All
+	TierHourly Tier = "hourly" // the hour's point
+	TierDaily  Tier = "daily"  // the day's point
+	TierNewest Tier = "newest" // the newest point, or the newest application-consistent one, however old
+	TierPinned Tier = "pinned" // only a pin keeps it
+)
+
+// Keep says how long points are kept, by their age in storage time. The zero value of a field is its default.
+type Keep struct {
+	// All: every point that is at most this old; default 4 h.
+	All time.Duration
+	// Hourly: up to this age one point an hour (UTC); default 48 h.
+	Hourly time.Duration
+	// Limit: up to this age one point a day (UTC), and nothing beyond; default 24 h. It also bounds All and Hourly.
+	Limit time.Duration
+}
+
+// RetainOptions of one step of retention.
+type RetainOptions struct {
+	// Keep is the policy's.
+	Keep Keep
+	// Now is what ages are measured by; default storage time.
+	Now time.Time
+	// Ended: the VM's protection ended and nobody waits for this lineage any more, so points are retired also while a failover's
+	// close fences it. Without it a closed lineage keeps every point it had.
+	Ended bool
+	// OrphanAge is how old an object must be by storage time, besides being an orphan by the rules; default 1 h, negative for 0.
+	OrphanAge time.Duration
+	// MaxDeletes bounds the objects and snapshots that one step deletes; default 1,000.
+	MaxDeletes int
+	// MaxReads bounds the segment indexes that one step reads to store extent maps; default 2,000.
+	MaxReads int
+	// Parallel is how many requests are in flight; default 4. With 1 no goroutine is started.
+	Parallel int
+}
+
+// RetainResult says what one step did.
+type RetainResult struct {
+	// Points by tier after the step.
+	Points map[Tier]int
+	// Retired counts the points and manifests that this step took out of the chain.
+	RetiredPoints, RetiredManifests int
+	// Floor and Ranges describe the record after the step.
+	Floor  Seq
+	Ranges int
+	// Dropped are the pins that had expired.
+	Dropped []Pin
+	// Deleted by kind: "manifests", "segments", "staging", "configs", "checkpoints", "snapshots", "maps", "orphans".
+	Deleted map[string]int
+	// DeletedBytes of objects; the pages of snapshots are not counted.
+	DeletedBytes int64
+	// Hidden objects are retired, and a write-once policy still keeps them. A later step finds them again.
+	Hidden      int
+	HiddenBytes int64
+	// Maps is how many extent maps were stored.
+	Maps int
+	// More: a bound ended the step, and another one has work now.
+	More bool
+}
+
+// Retain does one bounded step of retention: it decides which points stay, stores what reaching them needs, raises the floor or
+// retires ranges in the retention record, and only then deletes what the record retires, and orphans. Any number of
+// processes may run it at the same time, beside appliers, shippers, failovers and readers; whoever dies at any call leaves
+// what the next step finds. While More, call it again.
+//
+// Nothing above the newest checkpoint is retired, nor that checkpoint, the newest point, the newest
+// application-consistent point, what a pin needs, or a run of partials that has not ended.
+func (r *Replica) Retain(ctx context.Context, o RetainOptions) (RetainResult, error) {
+	return RetainResult{}, fmt.Errorf("retain lineage %s: not written yet: %w", r.lineage, ctx.Err())
+}
