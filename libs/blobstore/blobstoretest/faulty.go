@@ -27,6 +27,8 @@ const (
 	Crash
 	// CrashAfter performs the call, loses the answer, and fails every later call until Revive.
 	CrashAfter
+	// Denied refuses the call with blobstore.ErrPermission, without any effect.
+	Denied
 )
 
 // ErrInjected is what a caller sees of an injected fault. It is not one of the blobstore sentinels:
@@ -150,6 +152,8 @@ func (f *Faulty) do(op Op, container, name string, call func() error) error {
 	switch fault {
 	case Before:
 		return where(ErrInjected)
+	case Denied:
+		return where(blobstore.ErrPermission)
 	case Crash:
 		f.crashed.Store(true)
 		return where(ErrCrashed)
