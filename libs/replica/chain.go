@@ -18,8 +18,26 @@ type Entry struct {
 	CutTime     time.Time
 	Consistency Consistency
 	Bytes       int64 // stored bytes of its segments
+	// Stored is when the manifest was stored, by storage time.
+	Stored time.Time
 
-	disks map[string]DiskState // at this manifest; shared between entries, never changed
+	disks  map[string]DiskState // at this manifest; shared between entries, never changed
+	config string
+	state  anchorState
+}
+
+// anchorState is what an anchor at an entry says besides its disks.
+type anchorState struct {
+	hash                  string
+	epoch                 Epoch
+	open, base, newest    Seq
+	stateOrdinal, highest Ordinal
+	fences                map[string]fenceSeqs // shared, never changed
+}
+
+// anchor of the chain at this entry. Only a base, point or rewind can be one: it ends what came before.
+func (e *Entry) anchor() *Anchor {
+	return newAnchor(e.Seq, &e.state, sortedDisks(e.disks))
 }
 
 // Bounds of the cache of decoded manifests: enough for one batch of an applier.
@@ -34,6 +52,8 @@ type chain struct {
 	entries   []Entry // ascending; holes where ranges are retired
 	retention *Retention
 
+	tag blobstore.ETag // of the record; empty when there is none
+
 	cache      map[Seq]cachedManifest
 	cacheOrder []Seq
 	cacheBytes int
@@ -45,7 +65,7 @@ type cachedManifest struct {
 }
 
 func (c *chain) reset(to *State) {
-	*c = chain{retention: c.retention}
+	*c = chain{retention: c.retention, tag: c.tag}
 	if to != nil {
 		c.state = *to
 	}
@@ -82,8 +102,8 @@ func (c *chain) above(s Seq) int {
 	return i
 }
 
-// add verifies and appends the manifest after the head.
-func (c *chain) add(body []byte, lineage Lineage, b *bugs) error {
+// add verifies and appends the manifest after the head. stored is its storage time.
+func (c *chain) add(body []byte, stored time.Time, lineage Lineage, b *bugs) error {
 	m, err := DecodeManifest(body)
 	if err != nil {
 		return fmt.Errorf("manifest %d: %w: %w", c.state.Head+1, ErrCorrupt, err)
@@ -94,7 +114,13 @@ func (c *chain) add(body []byte, lineage Lineage, b *bugs) error {
 	if err := c.state.next(m, hashHex(body), b); err != nil {
 		return err
 	}
-	e := Entry{Seq: m.Seq, Kind: m.Kind, Ordinal: m.Ordinal(), CutTime: m.CutTime, Consistency: m.Consistency, disks: c.state.disks}
+	st := &c.state
+	e := Entry{Seq: m.Seq, Kind: m.Kind, Ordinal: m.Ordinal(), CutTime: m.CutTime, Consistency: m.Consistency, Stored: stored,
+		disks: st.disks, config: m.Config, state: anchorState{hash: st.HeadHash, epoch: st.Epoch, open: st.Open, base: st.Base,
+			newest: st.Newest, stateOrdinal: st.StateOrdinal, highest: st.Highest, fences: st.fences}}
+	if n := len(c.entries); n > 0 && c.entries[n-1].config == e.config {
+		e.config = c.entries[n-1].config // one string for all
+	}
 	for _, d := range m.Disks {
 		for _, s := range d.Segments {
 			e.Bytes += s.Bytes
@@ -136,11 +162,11 @@ func (r *Replica) refresh(ctx context.Context) error {
 
 // refreshOnce reports again when the log did not connect to what is known: retention may have moved meanwhile.
 func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
-	ret, err := r.readRetention(ctx)
+	ret, tag, err := r.readRetention(ctx)
 	if err != nil {
 		return false, err
 	}
-	r.obey(ret)
+	r.obey(ret, tag)
 	for p, err := range r.journal.List(ctx, logPrefix, manifestName(r.chain.state.Head)) {
 		if errors.Is(err, blobstore.ErrNotFound) && r.chain.state.Head == 0 {
 			return false, fmt.Errorf("lineage %s: %w", r.lineage, ErrNoLineage)
@@ -161,15 +187,15 @@ func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
 			if seq < next {
 				break
 			}
-			body, err := readAll(ctx, r.journal, manifestName(next), MaxManifest)
+			body, props, err := readAllOf(ctx, r.journal, manifestName(next), MaxManifest)
 			if errors.Is(err, blobstore.ErrNotFound) {
 				return true, nil
 			}
 			if err != nil {
 				return false, fmt.Errorf("read manifest %d: %w", next, err)
 			}
-			if err := r.chain.add(body, r.lineage, &r.bugs); err != nil {
-				return false, err
+			if err := r.chain.add(body, props.LastModified, r.lineage, &r.bugs); err != nil {
+				return r.retiredSince(ctx, next, tag, err)
 			}
 		}
 	}
@@ -179,15 +205,31 @@ func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
 	return false, nil
 }
 
-// obey makes the chain forget what the record retires. A chain that reaches above all of it only loses entries.
-func (r *Replica) obey(ret *Retention) {
+// retiredSince decides about a manifest that does not fit the chain: when the record has changed since it was read, a sleeper
+// may have refilled a number that is retired now (rule 8), and the chain is read again.
+func (r *Replica) retiredSince(ctx context.Context, next Seq, tag blobstore.ETag, broken error) (again bool, err error) {
+	_, now, err := r.readRetention(ctx)
+	switch {
+	case err != nil:
+		return false, fmt.Errorf("manifest %d: %w; read the record again: %w", next, broken, err)
+	case now == tag:
+		return false, broken
+	}
+	return true, nil
+}
+
+// obey makes the chain forget what the record retires. A chain that reaches above all of it only loses entries; one whose
+// head is retired goes on from an anchor, for a sleeper may have refilled that number (rule 8).
+func (r *Replica) obey(ret *Retention, tag blobstore.ETag) {
 	c := &r.chain
-	c.retention = ret
+	c.retention, c.tag = ret, tag
 	if ret == nil {
 		return
 	}
 	if ret.Floor > c.state.Head {
 		c.reset(ret.Anchor.state(ret.Floor))
+	} else if a, in := ret.anchorFor(c.state.Head); in && c.state.Head > 0 {
+		c.jump(a, ret)
 	}
 	c.state.Floor = ret.Floor
 	for o, s := range c.state.points {

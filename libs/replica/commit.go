@@ -129,7 +129,7 @@ func (r *Replica) commit(ctx context.Context, p *Proposal) (Result, error) {
 			fresh = true
 			continue
 		}
-		won, err := r.putManifest(ctx, m.Seq, body)
+		won, stored, err := r.putManifest(ctx, m.Seq, body)
 		if err != nil {
 			return Result{}, err
 		}
@@ -140,7 +140,7 @@ func (r *Replica) commit(ctx context.Context, p *Proposal) (Result, error) {
 			}
 		}
 		if won {
-			if err := r.chain.add(body, r.lineage, &r.bugs); err != nil {
+			if err := r.chain.add(body, stored, r.lineage, &r.bugs); err != nil {
 				return Result{}, err
 			}
 			return Result{Outcome: Committed, Seq: m.Seq, Epoch: m.Epoch}, nil
@@ -164,37 +164,39 @@ func (r *Replica) already(ctx context.Context, dup Seq) (Result, error) {
 	return Result{Outcome: AlreadyCommitted, Seq: dup, Epoch: m.Epoch}, nil
 }
 
-// putManifest reports whether the bytes at that number are ours. An error means that storage did not say.
-func (r *Replica) putManifest(ctx context.Context, seq Seq, body []byte) (won bool, err error) {
+// putManifest reports whether the bytes at that number are ours, and since when, by storage time. An error means that
+// storage did not say.
+func (r *Replica) putManifest(ctx context.Context, seq Seq, body []byte) (won bool, stored time.Time, err error) {
 	if err := failpoint.Hit(fpBeforeManifest); err != nil {
-		return false, err
+		return false, stored, err
 	}
 	name := manifestName(seq)
 	for range maxUnknown {
-		_, err = r.journal.Put(ctx, name, bytes.NewReader(body), int64(len(body)), blobstore.Conditions{CreateOnly: true})
+		var p blobstore.Properties
+		p, err = r.journal.Put(ctx, name, bytes.NewReader(body), int64(len(body)), blobstore.Conditions{CreateOnly: true})
 		if err == nil {
-			return true, failpoint.Hit(fpAfterManifest)
+			return true, p.LastModified, failpoint.Hit(fpAfterManifest)
 		}
 		if definite(err) && !errors.Is(err, blobstore.ErrExists) {
-			return false, err
+			return false, stored, err
 		}
 		// Somebody's manifest, or our own whose answer was lost: reading tells.
-		have, rerr := readAll(ctx, r.journal, name, MaxManifest)
+		have, p, rerr := readAllOf(ctx, r.journal, name, MaxManifest)
 		switch {
 		case rerr == nil:
-			return bytes.Equal(have, body), nil
+			return bytes.Equal(have, body), p.LastModified, nil
 		case !errors.Is(rerr, blobstore.ErrNotFound):
-			return false, fmt.Errorf("put manifest %d: %w: %w; read back: %w", seq, ErrUnknownOutcome, err, rerr)
+			return false, stored, fmt.Errorf("put manifest %d: %w: %w; read back: %w", seq, ErrUnknownOutcome, err, rerr)
 		case errors.Is(err, blobstore.ErrExists):
-			return false, nil // it was there and is gone: retention deleted it, so the number is retired
+			return false, stored, nil // it was there and is gone: retention deleted it, so the number is retired
 		}
 	}
-	return false, fmt.Errorf("put manifest %d: %w: %w", seq, ErrUnknownOutcome, err)
+	return false, stored, fmt.Errorf("put manifest %d: %w: %w", seq, ErrUnknownOutcome, err)
 }
 
 // notRetired is rule 8: a number at or below the floor is no commit.
 func (r *Replica) notRetired(ctx context.Context, seq Seq) (bool, error) {
-	ret, err := r.readRetention(ctx)
+	ret, _, err := r.readRetention(ctx)
 	if err != nil {
 		return false, fmt.Errorf("manifest %d is stored, but whether it counts is not known: %w: %w", seq, ErrUnknownOutcome, err)
 	}

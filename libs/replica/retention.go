@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -164,13 +165,18 @@ func (s *State) Anchor() (*Anchor, error) {
 	if s.Head == 0 || s.Running {
 		return nil, fmt.Errorf("anchor at %d: the head must end a run: %w", s.Head, ErrInvalid)
 	}
-	a := &Anchor{Seq: s.Head, SHA256: s.HeadHash, Epoch: s.Epoch, Open: s.Open, StateOrdinal: s.StateOrdinal,
-		Highest: s.Highest, Base: s.Base, Newest: s.Newest, Disks: s.Disks()}
+	return newAnchor(s.Head, &anchorState{hash: s.HeadHash, epoch: s.Epoch, open: s.Open, base: s.Base, newest: s.Newest,
+		stateOrdinal: s.StateOrdinal, highest: s.Highest, fences: s.fences}, s.Disks()), nil
+}
+
+func newAnchor(seq Seq, s *anchorState, disks []DiskState) *Anchor {
+	a := &Anchor{Seq: seq, SHA256: s.hash, Epoch: s.epoch, Open: s.open, StateOrdinal: s.stateOrdinal,
+		Highest: s.highest, Base: s.base, Newest: s.newest, Disks: disks}
 	for id, f := range s.fences {
 		a.Fences = append(a.Fences, AnchorFence{Failover: id, Closed: f.closed, Rewound: f.rewound, Opened: f.opened})
 	}
-	slices.SortFunc(a.Fences, func(x, y AnchorFence) int { return int(x.Closed) - int(y.Closed) })
-	return a, nil
+	slices.SortFunc(a.Fences, func(x, y AnchorFence) int { return cmp.Compare(x.Closed, y.Closed) })
+	return a
 }
 
 // state is the state that the anchor describes.
@@ -193,38 +199,44 @@ func (a *Anchor) state(floor Seq) *State {
 	return s
 }
 
-// readRetention returns nil when there is no record yet.
-func (r *Replica) readRetention(ctx context.Context) (*Retention, error) {
-	b, err := readAll(ctx, r.replica, retentionName, maxRetention)
+// readRetention returns nil and an empty tag when there is no record yet.
+func (r *Replica) readRetention(ctx context.Context) (*Retention, blobstore.ETag, error) {
+	b, p, err := readAllOf(ctx, r.replica, retentionName, maxRetention)
 	if errors.Is(err, blobstore.ErrNotFound) {
-		return nil, nil // absence is a state of the record, not an error
+		return nil, "", nil // absence is a state of the record, not an error
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read retention record: %w", err)
+		return nil, "", fmt.Errorf("read retention record: %w", err)
 	}
 	ret, err := DecodeRetention(b)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+		return nil, "", fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	if ret.Lineage != r.lineage {
-		return nil, fmt.Errorf("retention record of lineage %s: %w", ret.Lineage, ErrCorrupt)
+		return nil, "", fmt.Errorf("retention record of lineage %s: %w", ret.Lineage, ErrCorrupt)
 	}
-	return ret, nil
+	return ret, p.ETag, nil
 }
 
 // readAll reads a small block blob whole.
 func readAll(ctx context.Context, c blobstore.Container, name string, limit int64) ([]byte, error) {
+	b, _, err := readAllOf(ctx, c, name, limit)
+	return b, err
+}
+
+// readAllOf is readAll with the properties of the version that was read.
+func readAllOf(ctx context.Context, c blobstore.Container, name string, limit int64) ([]byte, blobstore.Properties, error) {
 	rc, props, err := c.Get(ctx, name, 0, -1)
 	if err != nil {
-		return nil, err
+		return nil, props, err
 	}
 	defer rc.Close()
 	if props.Size > limit {
-		return nil, fmt.Errorf("read %s: %d bytes, at most %d: %w", name, props.Size, limit, ErrCorrupt)
+		return nil, props, fmt.Errorf("read %s: %d bytes, at most %d: %w", name, props.Size, limit, ErrCorrupt)
 	}
 	b := make([]byte, props.Size)
 	if _, err := io.ReadFull(rc, b); err != nil {
-		return nil, fmt.Errorf("read %s: %w", name, err)
+		return nil, props, fmt.Errorf("read %s: %w", name, err)
 	}
-	return b, nil
+	return b, props, nil
 }

@@ -276,7 +276,7 @@ func (s *State) next(m *Manifest, hash string, b *bugs) error {
 		s.Newest = s.points[m.Base]
 		f := s.fences[m.Failover]
 		f.rewound = m.Seq
-		s.fences[m.Failover] = f
+		s.setFence(m.Failover, f)
 		for _, p := range s.passes {
 			p.void = true
 		}
@@ -289,10 +289,20 @@ func (s *State) next(m *Manifest, hash string, b *bugs) error {
 		} else {
 			f.closed = m.Seq
 		}
-		s.fences[m.Failover] = f
+		s.setFence(m.Failover, f)
 	}
 	s.nextDisks(m)
 	return nil
+}
+
+// setFence replaces the map: entries of the chain share it.
+func (s *State) setFence(failover string, f fenceSeqs) {
+	now := maps.Clone(s.fences)
+	if now == nil {
+		now = map[string]fenceSeqs{}
+	}
+	now[failover] = f
+	s.fences = now
 }
 
 func (s *State) nextPartial(m *Manifest, b *bugs) {
