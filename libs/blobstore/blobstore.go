@@ -202,3 +202,17 @@ type Protector interface {
 	// this process may not (in Azure it is a right of the management plane): what to set by hand is in the error's text.
 	ProtectContainer(ctx context.Context, container string, p Protection) error
 }
+
+// AccountFacts are the settings of an account that decide what a deleted or overwritten blob costs and whether it can come back.
+type AccountFacts struct {
+	// Versioning keeps a version of every overwritten blob: a replica's metadata and snapshots would pile up (it should be off).
+	Versioning bool
+	// SoftDelete is how long a deleted blob or snapshot can be undeleted; 0 is not at all.
+	SoftDelete time.Duration
+}
+
+// Inspector is implemented by stores that can tell their account's settings.
+type Inspector interface {
+	// Inspect reads them: ErrPermission when this identity may not.
+	Inspect(ctx context.Context) (AccountFacts, error)
+}
