@@ -811,10 +811,13 @@ type ProtectedVm struct {
 	ApplyBacklog *v1.ApplyBacklog `protobuf:"bytes,35,opt,name=apply_backlog,json=applyBacklog,proto3" json:"apply_backlog,omitempty"`
 	// The open suspicion; absent when there is none.
 	Suspicion *Suspicion `protobuf:"bytes,36,opt,name=suspicion,proto3" json:"suspicion,omitempty"`
-	// When retention last ran; absent before.
+	// When a step of retention was last asked for; absent before.
 	LastRetentionTime *timestamppb.Timestamp `protobuf:"bytes,37,opt,name=last_retention_time,json=lastRetentionTime,proto3" json:"last_retention_time,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Newest point that was there when a person last cleared a suspicion: points up to it are not suspected again, however late
+	// an event about them arrives.
+	ClearedSuspicion uint64 `protobuf:"varint,38,opt,name=cleared_suspicion,json=clearedSuspicion,proto3" json:"cleared_suspicion,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ProtectedVm) Reset() {
@@ -1104,6 +1107,13 @@ func (x *ProtectedVm) GetLastRetentionTime() *timestamppb.Timestamp {
 		return x.LastRetentionTime
 	}
 	return nil
+}
+
+func (x *ProtectedVm) GetClearedSuspicion() uint64 {
+	if x != nil {
+		return x.ClearedSuspicion
+	}
+	return 0
 }
 
 // Suspicion is a jump in churn that no person has looked at yet. Retention of the VM stands still meanwhile.
@@ -3302,7 +3312,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vfull_passes\x18\x06 \x01(\x03R\n" +
 	"fullPasses\x12!\n" +
 	"\fdirty_passes\x18\a \x01(\x03R\vdirtyPasses\x12%\n" +
-	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xd1\x0e\n" +
+	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xfe\x0e\n" +
 	"\vProtectedVm\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12\x12\n" +
@@ -3347,7 +3357,8 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\x15app_consistency_error\x18\" \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x13appConsistencyError\x12D\n" +
 	"\rapply_backlog\x18# \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\fapplyBacklog\x12>\n" +
 	"\tsuspicion\x18$ \x01(\v2 .landfall.scheduler.v1.SuspicionR\tsuspicion\x12J\n" +
-	"\x13last_retention_time\x18% \x01(\v2\x1a.google.protobuf.TimestampR\x11lastRetentionTime\"\xb6\x02\n" +
+	"\x13last_retention_time\x18% \x01(\v2\x1a.google.protobuf.TimestampR\x11lastRetentionTime\x12+\n" +
+	"\x11cleared_suspicion\x18& \x01(\x04R\x10clearedSuspicion\"\xb6\x02\n" +
 	"\tSuspicion\x12\x14\n" +
 	"\x05point\x18\x01 \x01(\x04R\x05point\x125\n" +
 	"\bcut_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12&\n" +

@@ -1,0 +1,42 @@
+package policy_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/landfall-dr/landfall/libs/policy"
+	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
+)
+
+func TestTiers(t *testing.T) {
+	d := func(h float64) *durationpb.Duration { return durationpb.New(time.Duration(h * float64(time.Hour))) }
+	for name, c := range map[string]struct {
+		p                    *schedulerv1.Policy
+		all, hourly, nothing time.Duration
+	}{
+		"nothing said":         {&schedulerv1.Policy{}, 4 * time.Hour, 24 * time.Hour, 24 * time.Hour},
+		"a week":               {&schedulerv1.Policy{Retention: d(168)}, 4 * time.Hour, 48 * time.Hour, 168 * time.Hour},
+		"an hour":              {&schedulerv1.Policy{Retention: d(1)}, time.Hour, time.Hour, time.Hour},
+		"all said":             {&schedulerv1.Policy{Retention: d(240), KeepAll: d(12), KeepHourly: d(72)}, 12 * time.Hour, 72 * time.Hour, 240 * time.Hour},
+		"all above the hourly": {&schedulerv1.Policy{Retention: d(240), KeepAll: d(100)}, 100 * time.Hour, 100 * time.Hour, 240 * time.Hour},
+		"zero is the default":  {&schedulerv1.Policy{Retention: d(0), KeepAll: d(0)}, 4 * time.Hour, 24 * time.Hour, 24 * time.Hour},
+	} {
+		require.Equal(t, c.all, policy.KeepAll(c.p), name)
+		require.Equal(t, c.hourly, policy.KeepHourly(c.p), name)
+		require.Equal(t, c.nothing, policy.Retention(c.p), name)
+	}
+}
+
+func TestOtherDefaults(t *testing.T) {
+	p := &schedulerv1.Policy{CopyInterval: durationpb.New(30 * time.Second)}
+	require.Equal(t, 15*time.Minute, policy.AlertThreshold(p))
+	require.EqualValues(t, 5, policy.SuspicionFactor(p))
+	require.Equal(t, 4, policy.ParallelUploads(p))
+	p = &schedulerv1.Policy{CopyInterval: durationpb.New(5 * time.Minute), SuspicionFactor: 1, ParallelUploads: 2}
+	require.Equal(t, 25*time.Minute, policy.AlertThreshold(p))
+	require.EqualValues(t, policy.SuspicionOff, policy.SuspicionFactor(p))
+	require.Equal(t, 2, policy.ParallelUploads(p))
+}
