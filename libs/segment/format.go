@@ -52,6 +52,8 @@ var (
 	ErrCorrupt = errors.New("segment is corrupt")
 	// ErrInvalid: the caller broke a rule: order, alignment, bounds.
 	ErrInvalid = errors.New("invalid segment request")
+	// ErrDamaged: data is not what its source checksummed beside the disk. Read it again.
+	ErrDamaged = errors.New("data does not have its source's checksum")
 )
 
 // Kind says what numbers a segment's ordinal.

@@ -347,3 +347,47 @@ func BenchmarkWriter(b *testing.B) {
 		}
 	}
 }
+
+// benchData is n bytes of one kind.
+func benchData(kind string, n int) []byte {
+	p := make([]byte, n)
+	rng := rand.New(rand.NewPCG(3, 4))
+	text := func(p []byte) {
+		words := make([][]byte, 4000)
+		for i := range words {
+			words[i] = make([]byte, 2+rng.IntN(9))
+			for j := range words[i] {
+				words[i][j] = byte('a' + rng.IntN(26))
+			}
+		}
+		for at := 0; at < len(p); {
+			at += copy(p[at:], words[int(float64(len(words))*rng.Float64()*rng.Float64())])
+			if at < len(p) {
+				p[at] = ' '
+				at++
+			}
+		}
+	}
+	random := func(p []byte) {
+		for i := range p {
+			p[i] = byte(rng.Uint32())
+		}
+	}
+	switch kind {
+	case "random":
+		random(p)
+	case "text":
+		text(p)
+	case "base64":
+		const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+		for i := range p {
+			p[i] = digits[rng.IntN(64)]
+		}
+	default: // mixed: a half of each, by 64 KiB
+		text(p)
+		for off := 0; off+(128<<10) <= n; off += 128 << 10 {
+			random(p[off : off+(64<<10)])
+		}
+	}
+	return p
+}

@@ -7,22 +7,6 @@ import (
 	"fmt"
 	"hash/crc32"
 	"sync"
-
-	"github.com/klauspost/compress/s2"
-	"github.com/klauspost/compress/zstd"
-)
-
-// Compression chooses how frames are compressed. Frames that a cheap probe finds incompressible are stored raw.
-type Compression uint8
-
-// The compressions a Writer offers.
-const (
-	// Fast uses s2: several hundred MB per core and second. The default.
-	Fast Compression = iota
-	// Small uses zstd at its fastest level: about a third of the speed, for slow links.
-	Small
-	// None stores every frame raw.
-	None
 )
 
 // Options tune a Writer.
@@ -31,6 +15,8 @@ type Options struct {
 	Target int
 	// Compression of frames.
 	Compression Compression
+	// SkipZeros leaves zeros out instead of saying that they are zeros: only right where nothing can lie under them.
+	SkipZeros bool
 }
 
 // Stats of a finished segment, in bytes unless said otherwise.
@@ -38,9 +24,13 @@ type Stats struct {
 	Extents int   // number of extents
 	Data    int64 // raw bytes of data extents
 	Zero    int64 // bytes of zero extents
-	Stored  int64 // size of the object
-	First   int64 // offset of the first extent
-	End     int64 // end of the last extent
+	// Gaps are the bytes of short runs of zeros that stayed in data extents.
+	Gaps int64
+	// Incompressible is the raw bytes of the frames that a probe found not to shrink by 5 %, whatever codec was chosen.
+	Incompressible int64
+	Stored         int64 // size of the object
+	First          int64 // offset of the first extent
+	End            int64 // end of the last extent
 }
 
 // Writer builds one segment in memory. It is not safe for concurrent use.
@@ -50,6 +40,7 @@ type Writer struct {
 	body    []byte
 	frame   []byte // raw data of the frame being filled, at most FrameSize
 	scratch []byte
+	sample  [probeBytes]byte
 	frames  []frame
 	extents []Extent
 	pos     int64 // raw bytes so far
@@ -58,6 +49,13 @@ type Writer struct {
 	zeroOff, zeroLen int64
 	stats            Stats
 	done             bool
+	always           bool // benchmarks: no probe
+
+	// parts of the frame being filled, run the checksum so far of the source's run in progress: sum.go.
+	parts   []part
+	run     uint32
+	shifts  shifts
+	damaged error
 }
 
 var zeros [FrameSize]byte
@@ -84,24 +82,39 @@ func NewWriter(h Header, buf []byte, o Options) (*Writer, error) {
 
 // Data adds the bytes p at offset off of the disk. Extents come in ascending order and do not overlap; off and
 // len(p) are multiples of 512, len(p) at most MaxData. Blocks of zeros in p become zero extents. p is not kept.
-func (w *Writer) Data(off int64, p []byte) error {
+func (w *Writer) Data(off int64, p []byte) error { return w.data(off, p, partFill, 0) }
+
+// Checked adds data under the same rules, with the checksum (Sum) that was made of it beside its disk. What goes into
+// the segment is checked against it; Finish fails with ErrDamaged when it is not what the source read.
+func (w *Writer) Checked(off int64, p []byte, sum uint32) error {
+	return w.data(off, p, partPiece, sum)
+}
+
+func (w *Writer) data(off int64, p []byte, kind partKind, sum uint32) error {
 	if len(p) > MaxData {
 		return fmt.Errorf("segment data of %d bytes, at most %d: %w", len(p), MaxData, ErrInvalid)
 	}
 	if err := w.check(off, int64(len(p))); err != nil {
 		return err
 	}
+	whole := int64(len(p))
 	for len(p) > 0 {
 		// Up to the next 4 KiB boundary of the disk, then run by run.
 		n, zero := run(off, p)
 		if zero {
 			w.addZero(off, int64(n))
+			if kind == partPiece {
+				w.note(part{n: int64(n), kind: partZeros})
+			}
 		} else {
-			w.addData(off, p[:n])
+			w.addData(off, p[:n], kind)
 		}
 		off, p = off+int64(n), p[n:]
 	}
-	return nil
+	if kind == partPiece && whole > 0 {
+		w.note(part{n: whole, kind: partEnd, sum: sum})
+	}
+	return w.damaged
 }
 
 // run measures the longest prefix of p that is all zero blocks or all other blocks.
@@ -158,8 +171,8 @@ func (w *Writer) Full() bool {
 		len(w.frames) >= maxFrames-128
 }
 
-// Empty reports whether nothing was added: such a segment needs not be stored.
-func (w *Writer) Empty() bool { return len(w.extents) == 0 && w.zeroLen == 0 }
+// Empty reports whether there is nothing to store.
+func (w *Writer) Empty() bool { return len(w.extents) == 0 && (w.zeroLen == 0 || w.o.SkipZeros) }
 
 func (w *Writer) addZero(off, n int64) {
 	if w.zeroLen > 0 && w.zeroOff+w.zeroLen == off {
@@ -173,7 +186,8 @@ func (w *Writer) addZero(off, n int64) {
 
 // flushZero writes the pending run of zeros as an extent.
 func (w *Writer) flushZero() {
-	if w.zeroLen == 0 {
+	if w.zeroLen == 0 || w.o.SkipZeros {
+		w.zeroLen = 0
 		return
 	}
 	w.extents = append(w.extents, Extent{Off: w.zeroOff, Len: w.zeroLen, Zero: true})
@@ -181,22 +195,23 @@ func (w *Writer) flushZero() {
 	w.zeroLen = 0
 }
 
-func (w *Writer) addData(off int64, p []byte) {
+func (w *Writer) addData(off int64, p []byte, kind partKind) {
 	if last := len(w.extents) - 1; w.zeroLen > 0 {
 		gap := w.zeroLen < zeroGap && w.zeroOff+w.zeroLen == off && last >= 0 &&
 			!w.extents[last].Zero && w.extents[last].End() == w.zeroOff
 		if gap {
 			n := w.zeroLen
 			w.zeroLen = 0
-			w.appendData(w.zeroOff, zeros[:n])
+			w.stats.Gaps += n
+			w.appendData(w.zeroOff, zeros[:n], partFill)
 		} else {
 			w.flushZero()
 		}
 	}
-	w.appendData(off, p)
+	w.appendData(off, p, kind)
 }
 
-func (w *Writer) appendData(off int64, p []byte) {
+func (w *Writer) appendData(off int64, p []byte, kind partKind) {
 	n := int64(len(p))
 	if last := len(w.extents) - 1; last >= 0 && !w.extents[last].Zero && w.extents[last].End() == off {
 		w.extents[last].Len += n
@@ -208,12 +223,14 @@ func (w *Writer) appendData(off int64, p []byte) {
 	w.end = off + n
 	for len(p) > 0 {
 		if len(w.frame) == 0 && len(p) >= FrameSize {
+			w.parts = append(w.parts, part{n: FrameSize, kind: kind})
 			w.flushFrame(p[:FrameSize])
 			p = p[FrameSize:]
 			continue
 		}
 		k := min(FrameSize-len(w.frame), len(p))
 		w.frame = append(w.frame, p[:k]...)
+		w.parts = append(w.parts, part{n: int64(k), kind: kind})
 		p = p[k:]
 		if len(w.frame) == FrameSize {
 			w.flushFrame(w.frame)
@@ -221,46 +238,6 @@ func (w *Writer) appendData(off int64, p []byte) {
 		}
 	}
 }
-
-func (w *Writer) flushFrame(raw []byte) {
-	stored, codec := raw, codecRaw
-	if w.o.Compression != None && probe(raw) {
-		switch w.o.Compression {
-		case Small:
-			w.scratch = zstdEncoder().EncodeAll(raw, w.scratch[:0])
-			stored, codec = w.scratch, codecZstd
-		default:
-			if need := s2.MaxEncodedLen(len(raw)); cap(w.scratch) < need {
-				w.scratch = make([]byte, need)
-			}
-			stored, codec = s2.Encode(w.scratch[:cap(w.scratch)], raw), codecS2
-		}
-		if len(stored) > len(raw)-len(raw)/20 {
-			stored, codec = raw, codecRaw
-		}
-	}
-	w.frames = append(w.frames, frame{off: int64(len(w.body)), stored: uint32(len(stored)), crc: crc32.Checksum(raw, castag), codec: codec})
-	w.body = append(w.body, stored...)
-}
-
-// probe looks at 4 KiB in the middle: above 95 % the frame is not worth an encoder's time.
-func probe(raw []byte) bool {
-	sample := raw
-	if len(raw) > 2*zeroBlock {
-		at := (len(raw) / 2) &^ (zeroBlock - 1)
-		sample = raw[at : at+zeroBlock]
-	}
-	n := s2.EstimateBlockSize(sample)
-	return n >= 0 && n < len(sample)-len(sample)/20
-}
-
-var zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(2), zstd.WithEncoderCRC(false))
-	if err != nil {
-		panic(err) // the options are constants
-	}
-	return e
-})
 
 // Finish ends the segment. The body lies in the buffer given to NewWriter, if it was large enough, and is valid
 // until that is used again. The Writer is of no further use.
@@ -273,9 +250,13 @@ func (w *Writer) Finish() (body []byte, sha [32]byte, stats Stats, err error) {
 	if len(w.frame) > 0 {
 		w.flushFrame(w.frame)
 	}
+	w.sums(nil) // zeros and ends of runs that follow the last frame
 	frame := w.frame[:0]
 	framePool.Put(&frame)
 	w.frame = nil
+	if w.damaged != nil {
+		return nil, sha, stats, w.damaged
+	}
 	if len(w.extents) == 0 {
 		return nil, sha, stats, fmt.Errorf("segment without extents: %w", ErrInvalid)
 	}

@@ -1,24 +1,13 @@
 package shipping
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 
-	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/segment"
 )
-
-const (
-	// zeroBlock is the unit in which zeros are looked for, at multiples of it on the disk, in bytes.
-	zeroBlock = 4 << 10
-	// shortGap: zeros between data that are shorter than this stay with the data, as in package segment.
-	shortGap = 32 << 10
-)
-
-var zeroes [zeroBlock]byte
 
 // PackOptions describe the segments of one disk in one attempt of a task.
 type PackOptions struct {
@@ -26,7 +15,9 @@ type PackOptions struct {
 	Key replica.SegmentKey
 	// Header says whose changes they are.
 	Header segment.Header
-	// Compression of their frames.
+	// Codec, when not nil, chooses the compression of each segment and hears how long it took to put.
+	Codec *Codec
+	// Compression of their frames, without a Codec.
 	Compression segment.Compression
 	// SkipZeros leaves out blocks of zeros: only right where nothing can lie under them. Otherwise they become zero
 	// extents.
@@ -43,6 +34,10 @@ type Packed struct {
 	Changed int64
 	// Data and Zero are the bytes of data extents and of zero extents.
 	Data, Zero int64
+	// Blank is the bytes that are zero, in zero extents or not; without those that were left out.
+	Blank int64
+	// Incompressible is the bytes of data in blocks of 64 KiB that a sample found not to shrink by 5 %.
+	Incompressible int64
 	// Stored is the size of the segments.
 	Stored int64
 }
@@ -55,8 +50,6 @@ type Packer struct {
 
 	w       *segment.Writer // nil when no segment is open
 	buf     []byte          // of w
-	dataEnd int64           // end of the last data given to w, -1 for none
-	gap     extent.Range    // zeros left out that may still turn out to be a short gap
 	storing chan stored     // nil when no segment is being stored
 	out     Packed
 	k       int
@@ -70,7 +63,7 @@ type stored struct {
 }
 
 // NewPacker returns a packer that has no buffer yet.
-func NewPacker(pool *Pool, o PackOptions) *Packer { return &Packer{pool: pool, o: o, dataEnd: -1} }
+func NewPacker(pool *Pool, o PackOptions) *Packer { return &Packer{pool: pool, o: o} }
 
 // Add packs one run. Runs ascend, do not overlap, and are aligned to 512 bytes. It waits while the pool has no
 // buffer. After an error the packer can only be aborted.
@@ -85,65 +78,14 @@ func (p *Packer) Add(ctx context.Context, r Run) error {
 
 func (p *Packer) add(ctx context.Context, r Run) error {
 	switch {
-	case r.Data == nil && p.o.SkipZeros:
-		p.skip(r.Range)
+	case r.Data == nil && p.o.SkipZeros && p.w == nil:
 		return nil
 	case r.Data == nil:
 		return p.write(ctx, func(w *segment.Writer) error { return w.Zero(r.Off, r.Len) })
-	case !p.o.SkipZeros:
+	case !r.Summed:
 		return p.write(ctx, func(w *segment.Writer) error { return w.Data(r.Off, r.Data) })
 	}
-	for off, data := r.Off, r.Data; len(data) > 0; {
-		n, zero := blocks(off, data)
-		if zero {
-			p.skip(extent.Range{Off: off, Len: int64(n)})
-		} else if err := p.data(ctx, off, data[:n]); err != nil {
-			return err
-		}
-		off, data = off+int64(n), data[n:]
-	}
-	return nil
-}
-
-// skip leaves out zeros, remembering those that directly follow data.
-func (p *Packer) skip(r extent.Range) {
-	switch {
-	case p.gap.Len > 0 && p.gap.End() == r.Off:
-		p.gap.Len += r.Len
-	case p.dataEnd == r.Off:
-		p.gap = r
-	default:
-		p.gap = extent.Range{}
-	}
-}
-
-func (p *Packer) data(ctx context.Context, off int64, data []byte) error {
-	gap := p.gap
-	p.gap = extent.Range{}
-	err := p.write(ctx, func(w *segment.Writer) error {
-		if gap.Len > 0 && gap.Len < shortGap && gap.End() == off && p.dataEnd == gap.Off && !w.Empty() {
-			if err := w.Zero(gap.Off, gap.Len); err != nil { // between data: the writer keeps it as data
-				return err
-			}
-		}
-		return w.Data(off, data)
-	})
-	p.dataEnd = off + int64(len(data))
-	return err
-}
-
-// blocks measures the longest prefix of p that is all zero blocks or all other blocks.
-func blocks(off int64, p []byte) (n int, zero bool) {
-	for n < len(p) {
-		step := min(zeroBlock-int((off+int64(n))%zeroBlock), len(p)-n)
-		is := bytes.Equal(p[n:n+step], zeroes[:step])
-		if n > 0 && is != zero {
-			break
-		}
-		zero = is
-		n += step
-	}
-	return n, zero
+	return p.write(ctx, func(w *segment.Writer) error { return w.Checked(r.Off, r.Data, r.Sum) })
 }
 
 // write calls do with a segment that has room.
@@ -153,7 +95,11 @@ func (p *Packer) write(ctx context.Context, do func(w *segment.Writer) error) er
 		if err != nil {
 			return fmt.Errorf("wait for a segment buffer: %w", err)
 		}
-		w, err := segment.NewWriter(p.o.Header, buf, segment.Options{Target: p.pool.target, Compression: p.o.Compression})
+		o := segment.Options{Target: p.pool.target, Compression: p.o.Compression, SkipZeros: p.o.SkipZeros}
+		if p.o.Codec != nil {
+			o.Compression = p.o.Codec.Choose()
+		}
+		w, err := segment.NewWriter(p.o.Header, buf, o)
 		if err != nil {
 			p.pool.put(buf)
 			return err
@@ -161,7 +107,7 @@ func (p *Packer) write(ctx context.Context, do func(w *segment.Writer) error) er
 		p.w, p.buf = w, buf
 	}
 	if err := do(p.w); err != nil {
-		return err
+		return damaged(err)
 	}
 	if !p.w.Full() {
 		return nil
@@ -180,7 +126,7 @@ func (p *Packer) seal(ctx context.Context) error {
 	body, sha, stats, err := w.Finish()
 	if err != nil {
 		p.pool.put(buf)
-		return err
+		return damaged(err)
 	}
 	if err := p.settle(); err != nil {
 		p.pool.put(body)
@@ -192,7 +138,16 @@ func (p *Packer) seal(ctx context.Context) error {
 	done := make(chan stored, 1)
 	p.storing = done
 	go func() { // waited for by settle, which Finish and Abort call
+		ended := func(int64) {}
+		if p.o.Codec != nil {
+			ended = p.o.Codec.Begin()
+		}
 		seg, err := p.o.Put(ctx, key, body, sha)
+		if err != nil {
+			ended(0)
+		} else {
+			ended(int64(len(body)))
+		}
 		p.pool.put(body)
 		done <- stored{seg, stats, err}
 	}()
@@ -213,7 +168,18 @@ func (p *Packer) settle() error {
 	p.out.Data += s.stats.Data
 	p.out.Zero += s.stats.Zero
 	p.out.Stored += s.stats.Stored
+	p.out.Blank += s.stats.Zero + s.stats.Gaps
+	p.out.Incompressible += s.stats.Incompressible
 	return nil
+}
+
+// damaged names the error of data that changed between the host's checksum and the segment as the one of damage on the
+// way: both are healed by reading again.
+func damaged(err error) error {
+	if errors.Is(err, segment.ErrDamaged) {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return err
 }
 
 // Finish stores what is left and returns what was made. The packer is of no further use.

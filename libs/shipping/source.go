@@ -28,8 +28,9 @@ const MaxRanges = 65536
 const digestBytes = 32
 
 var (
-	// ErrDamaged: a run arrived with a wrong checksum. It is read again.
-	ErrDamaged = errors.New("checksum of a run is wrong")
+	// ErrDamaged: a run arrived with another checksum than its host made, or changed before it was packed. The stream, or the
+	// task, reads it again.
+	ErrDamaged = errors.New("data differs from what its host read")
 	// ErrContract: the host sent something that the contract forbids (order, bounds, length).
 	ErrContract = errors.New("host broke the contract of its stream")
 	// ErrStalled: the host sent nothing for too long.
@@ -43,6 +44,9 @@ type Run struct {
 	extent.Range
 	// Data is the content, nil when the run is all zero. It is valid until the function that got it returns.
 	Data []byte
+	// Sum is the CRC32C that the host made of Data beside the disk, when Summed. It goes with the data into the segment.
+	Sum    uint32
+	Summed bool
 }
 
 // Digests is one run of SHA-256 digests of consecutive chunks.
@@ -211,7 +215,7 @@ func (s *Source) runs(stream rpc.Receiver, m runMessage, beat func(recv func() e
 		}
 		r := extent.Range{Off: m.GetOffset(), Len: m.GetLength()}
 		switch {
-		case !r.Valid(), r.Empty(), r.Off < *next, !within.Contains(r), !m.GetZero() && int64(len(buf)) != r.Len:
+		case !r.Valid(), r.Empty(), r.Off < *next, !within.Contains(r), !m.GetZero() && int64(len(buf)) != r.Len, m.GetZero() && len(buf) != 0:
 			return final{fmt.Errorf("run [%d,+%d) with %d bytes of data, expected within [%d,%d): %w",
 				r.Off, r.Len, len(buf), *next, within.End(), ErrContract)}
 		case !m.GetZero() && crc != m.GetCrc32C():
@@ -219,7 +223,7 @@ func (s *Source) runs(stream rpc.Receiver, m runMessage, beat func(recv func() e
 		}
 		run := Run{Range: r}
 		if !m.GetZero() {
-			run.Data = buf
+			run.Data, run.Sum, run.Summed = buf, m.GetCrc32C(), true
 		}
 		if err := take(run); err != nil {
 			return final{err}
