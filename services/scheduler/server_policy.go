@@ -12,6 +12,7 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/policy"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -30,6 +31,11 @@ const (
 	maxAppInterval = 12 * time.Hour
 	maxStartAhead  = 7 * 24 * time.Hour
 	maxParallel    = 64
+	// What Azure takes for a write-once policy is up to 400 years; ten years is more than anybody meant.
+	maxKept       = 3660 * 24 * time.Hour
+	maxApplyDelay = time.Hour
+	minFactor     = 2
+	maxFactor     = 1000
 )
 
 var policyPattern = regexp.MustCompile(`^policies/[a-z0-9][a-z0-9-]{0,39}$`)
@@ -45,7 +51,7 @@ func validatePolicy(p *schedulerv1.Policy, now time.Time) error {
 	bad(policyPattern.MatchString(p.GetName()), "name", "%q is not policies/NAME with up to 40 of a-z, 0-9 and hyphens", p.GetName())
 	interval := p.GetCopyInterval().AsDuration()
 	bad(interval >= minInterval && interval <= maxInterval, "copy_interval", "%s is not between %s and %s", interval, minInterval, maxInterval)
-	bad(p.GetRetention().AsDuration() >= 0, "retention", "must not be negative")
+	validateTiers(p, bad)
 	threshold := p.GetRpoAlertThreshold().AsDuration()
 	bad(threshold == 0 || threshold >= interval, "rpo_alert_threshold", "%s is below the copy interval %s: it would always alert", threshold, interval)
 	bad(p.GetParallelUploads() >= 0 && p.GetParallelUploads() <= maxParallel, "parallel_uploads", "%d is not in 0..%d", p.GetParallelUploads(), maxParallel)
@@ -54,6 +60,13 @@ func validatePolicy(p *schedulerv1.Policy, now time.Time) error {
 		bad(d >= minAppInterval && d <= maxAppInterval, "app_consistent_interval", "%s is not between %s and %s", d, minAppInterval, maxAppInterval)
 		bad(d >= interval, "app_consistent_interval", "%s is below the copy interval %s", d, interval)
 	}
+	factor := p.GetSuspicionFactor()
+	bad(factor == 0 || factor == policy.SuspicionOff || factor >= minFactor && factor <= maxFactor, "suspicion_factor",
+		"%v is not 1 (off) or between %d and %d", factor, minFactor, maxFactor) // NaN is neither
+	once := p.GetWriteOnce().AsDuration()
+	bad(once >= 0 && once <= maxKept, "write_once", "%s is not between 0s and %s", once, maxKept)
+	delay := p.GetApplyDelay().AsDuration()
+	bad(delay >= 0 && delay <= maxApplyDelay, "apply_delay", "%s is not between 0s and %s", delay, maxApplyDelay)
 	if start := p.GetInitialReplicationStartTime(); start != nil {
 		bad(start.AsTime().Sub(now) <= maxStartAhead, "initial_replication_start_time", "is more than 7 days ahead")
 	}
@@ -67,6 +80,31 @@ func validatePolicy(p *schedulerv1.Policy, now time.Time) error {
 	e := reasonError(typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, p.GetName(), "%s: %s", p.GetName(), strings.Join(texts, "; "))
 	e.Fields = fields
 	return e
+}
+
+// validateTiers checks how long points are kept: each tier reaches at least as far as the one before.
+func validateTiers(p *schedulerv1.Policy, bad func(ok bool, path, format string, args ...any)) {
+	all, hourly, kept := p.GetKeepAll().AsDuration(), p.GetKeepHourly().AsDuration(), p.GetRetention().AsDuration()
+	fits := true
+	for _, tier := range []struct {
+		path string
+		d    time.Duration
+	}{{"retention", kept}, {"keep_all", all}, {"keep_hourly", hourly}} {
+		ok := tier.d >= 0 && tier.d <= maxKept
+		fits = fits && ok
+		bad(ok, tier.path, "%s is not between 0s and %s", tier.d, maxKept)
+	}
+	if !fits {
+		return
+	}
+	limit := policy.Retention(p)
+	said := ""
+	if kept == 0 {
+		said = " (the default)"
+	}
+	bad(all <= limit, "keep_all", "%s is above retention, %s%s", all, limit, said)
+	bad(hourly <= limit, "keep_hourly", "%s is above retention, %s%s", hourly, limit, said)
+	bad(hourly == 0 || all == 0 || hourly >= all, "keep_hourly", "%s is below keep_all, %s: every point is kept until then", hourly, all)
 }
 
 // ApplyPolicy creates a policy or replaces its values.
@@ -135,6 +173,7 @@ func (s *policyServer) ListPolicies(ctx context.Context, r *schedulerv1.ListPoli
 func (s *policyServer) DeletePolicy(ctx context.Context, r *schedulerv1.DeletePolicyRequest) (*schedulerv1.DeletePolicyResponse, error) {
 	p, err := s.store.policy(ctx, r.GetName())
 	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_POLICY_NOT_FOUND) {
+		s.forgetPolicy(ctx, r.GetName())
 		return &schedulerv1.DeletePolicyResponse{}, nil
 	} else if err != nil {
 		return nil, err

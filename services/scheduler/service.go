@@ -167,6 +167,7 @@ func (s *Service) term(ctx context.Context) error {
 	group.Go(func() error { return r.watchPolicies(ctx) })
 	group.Go(func() error { return r.watchFailovers(ctx) })
 	group.Go(func() error { return r.janitor(ctx) })
+	group.Go(func() error { return r.catalogued(ctx) })
 	group.Go(func() error { return r.consume(ctx) })
 	err := group.Wait()
 	for _, m := range r.mem {
