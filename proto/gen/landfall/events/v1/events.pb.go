@@ -1190,7 +1190,7 @@ type RecoveryPointSuspected struct {
 	CutTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=cut_time,json=cutTime,proto3" json:"cut_time,omitempty"`
 	// What its churn looked like.
 	Signals *v1.ChurnSignals `protobuf:"bytes,6,opt,name=signals,proto3" json:"signals,omitempty"`
-	// Usual unique churn of a point, bytes: the median of the points before.
+	// Usual churn without zeros in the time that this point took, bytes: the median of the points before.
 	UsualBytes int64 `protobuf:"varint,7,opt,name=usual_bytes,json=usualBytes,proto3" json:"usual_bytes,omitempty"`
 	// The last point before the jump; 0 when there is none.
 	LastGoodPoint uint64 `protobuf:"varint,8,opt,name=last_good_point,json=lastGoodPoint,proto3" json:"last_good_point,omitempty"`

@@ -329,9 +329,11 @@ type ShipTask struct {
 	// Machine configuration to keep with the point.
 	Machine *v1.Machine `protobuf:"bytes,10,opt,name=machine,proto3" json:"machine,omitempty"`
 	// Why, for the manifest, for example "delta" or "initial replication".
-	Reason        string `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Reason string `protobuf:"bytes,11,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The policy's suspicion_factor, for a point: 0 means 5; 1 or less is off.
+	SuspicionFactor float64 `protobuf:"fixed64,12,opt,name=suspicion_factor,json=suspicionFactor,proto3" json:"suspicion_factor,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ShipTask) Reset() {
@@ -450,6 +452,13 @@ func (x *ShipTask) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *ShipTask) GetSuspicionFactor() float64 {
+	if x != nil {
+		return x.SuspicionFactor
+	}
+	return 0
 }
 
 type isShipTask_Work interface {
@@ -820,7 +829,7 @@ const file_landfall_uploader_v1_uploader_proto_rawDesc = "" +
 	"\x05tasks\x18\x03 \x01(\x05B\a\xbaH\x04\x1a\x02 \x00R\x05tasks\x122\n" +
 	"\x05scope\x18\x04 \x01(\x0e2\x1c.landfall.types.v1.PassScopeR\x05scope\x12\x12\n" +
 	"\x04disk\x18\x05 \x01(\tR\x04disk\x124\n" +
-	"\x06window\x18\x06 \x01(\v2\x1c.landfall.types.v1.ByteRangeR\x06window\"\xaa\x03\n" +
+	"\x06window\x18\x06 \x01(\v2\x1c.landfall.types.v1.ByteRangeR\x06window\"\xe5\x03\n" +
 	"\bShipTask\x12\x17\n" +
 	"\x02vm\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02vm\x12\x1b\n" +
 	"\x04host\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04host\x12/\n" +
@@ -833,7 +842,8 @@ const file_landfall_uploader_v1_uploader_proto_rawDesc = "" +
 	"\x04pass\x18\t \x01(\v2\x1e.landfall.uploader.v1.PassTaskH\x00R\x04pass\x124\n" +
 	"\amachine\x18\n" +
 	" \x01(\v2\x1a.landfall.types.v1.MachineR\amachine\x12\x16\n" +
-	"\x06reason\x18\v \x01(\tR\x06reasonB\r\n" +
+	"\x06reason\x18\v \x01(\tR\x06reason\x129\n" +
+	"\x10suspicion_factor\x18\f \x01(\x01B\x0e\xbaH\v\x12\t)\x00\x00\x00\x00\x00\x00\x00\x00R\x0fsuspicionFactorB\r\n" +
 	"\x04work\x12\x05\xbaH\x02\b\x01\"\xd9\x01\n" +
 	"\tPointTask\x12!\n" +
 	"\aordinal\x18\x01 \x01(\x04B\a\xbaH\x042\x02 \x00R\aordinal\x120\n" +
