@@ -5,6 +5,7 @@ import (
 	"context"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
@@ -16,18 +17,22 @@ import (
 type checker struct {
 	w      *world
 	head   Seq
-	folds  []parcel // folds[n]: the disks after manifest n
+	folds  []image // folds[n]: the disks after manifest n
 	points map[Ordinal]Seq
-	epoch  Epoch
-	open   Seq
-	closed bool
-	fence  string
-	closes int
+	// shipped tasks, by number.
+	shipped   map[int]bool
+	epoch     Epoch
+	open      Seq
+	closed    bool
+	fence     string
+	closes    int
+	failovers []string // that closed, ever
 	// rewound is the target of the newest fence's rewind, latest the newest point; forward[n]: at the open n the one was the
 	// other, or there was no rewind.
 	rewound, latest Ordinal
 	forward         map[Seq]bool
 	claims          []claim
+	retentionCheck
 }
 
 // claim is what an orchestrator was told: that manifest seq is point target, or (target 0) that the open seq came after a
@@ -52,6 +57,8 @@ func (c *checker) all() {
 			c.disk(strings.Split(name, "/")[1])
 		case strings.HasPrefix(name, ckptPrefix):
 			c.checkpoint(name)
+		case name == retentionName:
+			c.record()
 		}
 	}
 }
@@ -62,11 +69,8 @@ func (c *checker) told() {
 		if t.target == 0 && !c.forward[t.seq] {
 			c.w.fail("S5: open %d was to come after a rewind forward", t.seq)
 		}
-		for _, d := range modelDisks {
-			if t.target != 0 && !c.folds[t.seq][d].equal(c.w.host.cuts[t.target][d]) {
-				c.w.fail("S2: manifest %d was said to be point %d, disk %s\nguest at its cut %v\nchain            %v",
-					t.seq, t.target, d, c.w.host.cuts[t.target][d], c.folds[t.seq][d])
-			}
+		if t.target != 0 && c.folds[t.seq] != *c.w.host.cuts[t.target] {
+			c.w.fail("S2: manifest %d was said to be point %d\nguest at its cut %v\nchain            %v", t.seq, t.target, c.w.host.cuts[t.target], &c.folds[t.seq])
 		}
 	}
 	c.claims = nil
@@ -108,11 +112,9 @@ func (c *checker) blocks(in blobstore.Container, name string) content {
 func (c *checker) chain() {
 	ctx := context.Background()
 	if c.folds == nil {
-		c.folds = []parcel{{}}
-		for _, d := range modelDisks {
-			c.folds[0][d] = content{}
-		}
-		c.points, c.forward = map[Ordinal]Seq{}, map[Seq]bool{}
+		c.folds = []image{{}}
+		c.points, c.forward, c.shipped = map[Ordinal]Seq{}, map[Seq]bool{}, map[int]bool{}
+		c.retentionCheck.begin()
 	}
 	journal, staging := c.w.mem.Container(testLineage.JournalContainer()), c.w.mem.Container(testLineage.StagingContainer())
 	for c.w.failed == nil {
@@ -126,8 +128,7 @@ func (c *checker) chain() {
 			return
 		}
 		c.head++
-		c.w.stats.commits++
-		f := c.folds[c.head-1].clone()
+		f := c.folds[c.head-1]
 		for _, d := range m.Disks {
 			for _, s := range d.Segments {
 				in := journal
@@ -135,15 +136,18 @@ func (c *checker) chain() {
 					in = staging
 				}
 				if _, err := in.Stat(ctx, s.Name, ""); err != nil {
-					c.w.fail("S1: manifest %d names segment %s: %v", m.Seq, s.Name, err)
+					c.w.fail("S1: manifest %d (%s %d) names segment %s: %v", m.Seq, m.Kind, m.Ordinal(), s.Name, err)
 				}
-				maps.Copy(f[d.ID], c.blocks(in, s.Name))
+				for b, v := range c.blocks(in, s.Name) {
+					f[slices.Index(modelDisks, d.ID)*testBlocks+int(b)] = v
+				}
 			}
 		}
 		c.folds = append(c.folds, f)
+		c.saw(m, hashHex(body))
 		c.history(m)
 		if m.Kind.IsPoint() {
-			c.w.stats.points++
+			c.w.hit("points")
 			c.points[m.Point], c.latest = m.Seq, m.Point
 			c.isCut("S1", m, m.Point)
 		}
@@ -152,10 +156,8 @@ func (c *checker) chain() {
 
 // isCut compares the disks after m with the guest at a cut.
 func (c *checker) isCut(what string, m *Manifest, o Ordinal) {
-	for _, d := range modelDisks {
-		if want := c.w.host.cuts[o]; want == nil || !want[d].equal(c.folds[m.Seq][d]) {
-			c.w.fail("%s: %s at manifest %d is point %d, disk %s\nguest at its cut %v\nchain            %v", what, m.Kind, m.Seq, o, d, want[d], c.folds[m.Seq][d])
-		}
+	if want := c.w.host.cuts[o]; want == nil || *want != c.folds[m.Seq] {
+		c.w.fail("%s: %s at manifest %d is point %d\nguest at its cut %v\nchain            %v", what, m.Kind, m.Seq, o, want, &c.folds[m.Seq])
 	}
 }
 
@@ -169,7 +171,9 @@ func (c *checker) history(m *Manifest) {
 		}
 		c.closed, c.fence, c.rewound = true, m.Failover, 0
 		c.closes++
-		w.stats.fences++
+		c.failovers = append(c.failovers, m.Failover)
+		w.hit("R16 closed")
+		c.planned(m)
 	case KindOpen:
 		if !c.closed || m.Failover != c.fence {
 			w.fail("S3: manifest %d opens failover %s, the fence is %s", m.Seq, m.Failover, c.fence)
@@ -182,13 +186,14 @@ func (c *checker) history(m *Manifest) {
 		}
 		c.isCut("S2", m, m.Base)
 		if c.rewound != 0 {
-			w.stats.changes++
+			w.hit("R6 rewound back and forth")
 		}
 		c.rewound = m.Base
-		w.stats.rewinds++
+		w.hit("R6 rewound")
 	default:
-		i := slices.IndexFunc(w.tasks, func(t *modelTask) bool { return t.id == m.Trace })
-		t := w.tasks[i]
+		n, _ := strconv.Atoi(strings.TrimPrefix(m.Trace, "task-"))
+		t := w.tasks[n]
+		c.shipped[n] = true
 		switch {
 		case c.closed:
 			w.fail("S3: manifest %d (%s) above the close of %s", m.Seq, m.Kind, c.fence)
@@ -197,8 +202,26 @@ func (c *checker) history(m *Manifest) {
 		case t.open != c.open:
 			w.fail("S3: manifest %d: task of open %d under open %d", m.Seq, t.open, c.open)
 		}
+		if t.pass != nil && t.pass.I > 1 && c.full.passes[t.pass.Ordinal] != nil {
+			w.hit("R10 tasks of one pass follow each other")
+		}
+		if m.Kind.IsPoint() && w.host.given[m.Point] {
+			w.hit("R3 a point that was given up commits")
+		}
 		c.epoch = max(c.epoch, m.Epoch)
 	}
+}
+
+// planned: the lineage closed by a planned failover is the guest, who lost nothing.
+func (c *checker) planned(m *Manifest) {
+	p := c.w.planned
+	if p == nil || m.Failover != p.failover || c.open > c.points[p.final] {
+		return
+	}
+	if c.folds[m.Seq] != c.w.host.guest {
+		c.w.fail("S1: planned failover %s closed at %d\nguest %v\nchain %v", p.failover, m.Seq, &c.w.host.guest, &c.folds[m.Seq])
+	}
+	c.w.hit("planned failover lost nothing")
 }
 
 // disk is S4: a page blob that says "at rest at n" holds the state at n.
@@ -208,8 +231,11 @@ func (c *checker) disk(id string) {
 		return
 	}
 	a, t := splitNumber(p.Sequence)
+	if was := c.going[id]; was.t > was.a && t >= was.t && a == was.a && p.Sequence != was.number {
+		c.w.hit("R20 a batch redone up to a larger number")
+	}
+	c.going[id] = going{a, t, p.Sequence}
 	if a != t {
-		c.w.stats.redone++
 		return
 	}
 	if a > c.head {
@@ -219,14 +245,19 @@ func (c *checker) disk(id string) {
 	c.equal("S4", id, "", a)
 }
 
+type going struct {
+	a, t   Seq
+	number int64
+}
+
 func (c *checker) equal(what, id string, snap blobstore.SnapshotID, n Seq) {
 	have, err := readDisk(context.Background(), c.w.mem, id, snap)
 	if err != nil {
 		c.w.fail("%s: disk %s at %d: %v", what, id, n, err)
 		return
 	}
-	if !have.equal(c.folds[n][id]) {
-		c.w.fail("%s: disk %s says it is manifest %d\nchain %v\ndisk  %v", what, id, n, c.folds[n][id], have)
+	if !c.folds[n].is(slices.Index(modelDisks, id), have) {
+		c.w.fail("%s: disk %s says it is manifest %d\nchain %v\ndisk  %v", what, id, n, &c.folds[n], have)
 	}
 }
 
@@ -241,16 +272,40 @@ func (c *checker) checkpoint(name string) {
 		c.w.fail("checkpoint %s: %v", name, err)
 		return
 	}
-	c.w.stats.checkpoints++
-	for _, d := range rec.Disks {
-		c.equal("S7", d.ID, d.Snapshot, rec.Seq)
+	if c.records[rec.Seq] != nil {
+		return // seen: it never changes
+	}
+	c.records[rec.Seq] = rec
+	if rec.Void {
+		c.w.hit("R23 void record")
+		return
+	}
+	c.w.hit("R22 checkpoints")
+	if rec.Seq > 1 && int(rec.Seq) <= len(c.manifests) && c.manifests[rec.Seq-2].Kind == KindPartial {
+		c.w.hit("R15 checkpoint at the end of a run")
+	}
+	if c.reads(rec.Seq) {
+		for _, d := range rec.Disks {
+			c.equal("S7", d.ID, d.Snapshot, rec.Seq)
+		}
+	} else {
+		c.w.hit("R24 a checkpoint of what is retired comes late")
 	}
 }
 
-// atEnd is S2 and S4 for everything, read by the real code.
+// read checks what Materialise gave for a point: S2 and S8.
+func (c *checker) read(o Ordinal, s memSink) {
+	for i, d := range modelDisks {
+		if have := contentOf(s[d]); !c.w.host.cuts[o].is(i, have) || !bytes.Equal(s[d][testSize:], nil) {
+			c.w.fail("S2: point %d, disk %s\nguest %v\nread  %v", o, d, c.w.host.cuts[o], have)
+		}
+	}
+}
+
+// atEnd is S2, S4 and S8 for everything, read by the real code.
 func (c *checker) atEnd() {
 	ctx := context.Background()
-	r, err := open(ctx, c.w.mem, testLineage, c.w.bugs)
+	r, err := open(ctx, c.w.mem, testLineage, c.w.bugs.bugs)
 	if err != nil {
 		c.w.fail("open at the end: %v", err)
 		return
@@ -265,14 +320,13 @@ func (c *checker) atEnd() {
 	}
 	for _, o := range slices.Sorted(maps.Keys(c.points)) {
 		s := memSink{}
-		if _, err := r.Materialise(ctx, o, s, MaterialiseOptions{Parallel: 1}); err != nil {
+		_, err := r.Materialise(ctx, o, s, MaterialiseOptions{Parallel: 1})
+		switch {
+		case err == nil:
+			c.read(o, s)
+		case c.listed(c.points[o]), !taken(err):
 			c.w.fail("S2: point %d: %v", o, err)
 			return
-		}
-		for _, d := range modelDisks {
-			if have := contentOf(s[d]); !have.equal(c.w.host.cuts[o][d]) || !bytes.Equal(s[d][testSize:], nil) {
-				c.w.fail("S2: point %d, disk %s\nguest %v\nread  %v", o, d, c.w.host.cuts[o][d], have)
-			}
 		}
 	}
 }
