@@ -23,6 +23,12 @@ type Advancer interface {
 	Advance(d time.Duration)
 }
 
+// SequenceLimiter is implemented by stores under test that do not keep all sequence numbers up to 1<<62: an emulator whose
+// numbers are floating point (Azurite). MaxSequence is the highest it keeps exactly.
+type SequenceLimiter interface {
+	MaxSequence() int64
+}
+
 // callTimeout bounds every test's calls: a backend that hangs fails instead.
 const callTimeout = 60 * time.Second
 

@@ -1,0 +1,218 @@
+package azure
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"errors"
+	"fmt"
+	"hash/crc64"
+	"io"
+	"net/http"
+	"sync"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+)
+
+// crcTable is of the service's CRC64, whose polynomial is neither ISO's nor ECMA's. Sent and received little endian.
+var crcTable = crc64.MakeTable(0x9A6C9329AC4BC9B5)
+
+// summing says what checksum goes with uploads.
+type summing int32
+
+const (
+	sumProbe summing = iota // CRC64, and what follows is learned from the answer
+	sumCRC64
+	sumMD5   // for all
+	sumBasic // MD5 for block blobs; of page blobs the emulator that needs this checks none
+	sumNone
+)
+
+func firstSumming(setting string) summing {
+	switch setting {
+	case ChecksumCRC64:
+		return sumCRC64
+	case ChecksumMD5:
+		return sumMD5
+	case ChecksumNone:
+		return sumNone
+	}
+	return sumProbe
+}
+
+// source is the body of an upload: size bytes of r from base on, sent as often as needed.
+type source struct {
+	mu   sync.Mutex // over r
+	r    io.ReadSeeker
+	base int64
+	size int64
+	at   int64 // r's position, relative to base; -1 is not known
+
+	hasCRC bool
+	crc    uint64
+	md5    []byte
+}
+
+// newSource takes size bytes from r's present position; ErrInvalid when there are fewer.
+func newSource(r io.ReadSeeker, size int64) (*source, error) {
+	base, err := r.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	end, err := r.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, fmt.Errorf("body: %w", err)
+	}
+	if size < 0 || end-base < size {
+		return nil, fmt.Errorf("%w: body of %d bytes has only %d", blobstore.ErrInvalid, size, max(0, end-base))
+	}
+	return &source{r: r, base: base, size: size, at: -1}, nil
+}
+
+func bytesSource(data []byte) *source {
+	return &source{r: bytes.NewReader(data), size: int64(len(data)), at: -1}
+}
+
+// section is a part of s that shares its reader.
+func (s *source) section(off, size int64) *sectionBody {
+	return &sectionBody{src: s, off: off, size: size}
+}
+
+// sum computes the checksum once and returns what the SDK sends.
+func (s *source) sum(kind summing) (blob.TransferValidationType, error) {
+	switch kind {
+	case sumProbe, sumCRC64:
+		if !s.hasCRC {
+			h := crc64.New(crcTable)
+			if err := s.copyTo(h); err != nil {
+				return nil, err
+			}
+			s.crc, s.hasCRC = h.Sum64(), true
+		}
+		return blob.TransferValidationTypeCRC64(s.crc), nil
+	case sumMD5, sumBasic:
+		if s.md5 == nil {
+			h := md5.New()
+			if err := s.copyTo(h); err != nil {
+				return nil, err
+			}
+			s.md5 = h.Sum(nil)
+		}
+		return blob.TransferValidationTypeMD5(s.md5), nil
+	}
+	return nil, nil
+}
+
+func (s *source) copyTo(w io.Writer) error {
+	b := s.section(0, s.size)
+	n, err := io.Copy(w, b)
+	if err == nil && n != s.size {
+		err = fmt.Errorf("%w: body ended after %d of %d bytes", blobstore.ErrInvalid, n, s.size)
+	}
+	return err
+}
+
+// sectionBody is what one try sends. An HTTP transport may go on reading a body after it has answered; once revoked, this one gives nothing
+// more, so that the next try and the caller have the reader for themselves.
+type sectionBody struct {
+	src     *source
+	off     int64 // of the section in src
+	size    int64
+	pos     int64
+	revoked bool
+}
+
+var errRevoked = errors.New("body is taken back")
+
+// Read is that of io.Reader.
+func (b *sectionBody) Read(p []byte) (int, error) {
+	s := b.src
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if b.revoked {
+		return 0, errRevoked
+	}
+	if b.pos >= b.size {
+		return 0, io.EOF
+	}
+	p = p[:min(int64(len(p)), b.size-b.pos)]
+	if want := b.off + b.pos; s.at != want {
+		if _, err := s.r.Seek(s.base+want, io.SeekStart); err != nil {
+			return 0, err
+		}
+		s.at = want
+	}
+	n, err := s.r.Read(p)
+	s.at += int64(n)
+	b.pos += int64(n)
+	if errors.Is(err, io.EOF) && b.pos < b.size {
+		err = fmt.Errorf("%w: body ended after %d of %d bytes", blobstore.ErrInvalid, b.pos, b.size)
+	}
+	return n, err
+}
+
+// Seek is that of io.Seeker.
+func (b *sectionBody) Seek(offset int64, whence int) (int64, error) {
+	b.src.mu.Lock()
+	defer b.src.mu.Unlock()
+	switch whence {
+	case io.SeekCurrent:
+		offset += b.pos
+	case io.SeekEnd:
+		offset += b.size
+	}
+	if offset < 0 {
+		return 0, errors.New("seek before the body")
+	}
+	b.pos = offset
+	return offset, nil
+}
+
+// Close does nothing: whoever made the source owns its reader.
+func (b *sectionBody) Close() error { return nil }
+
+func (b *sectionBody) revoke() {
+	b.src.mu.Lock()
+	defer b.src.mu.Unlock()
+	b.revoked = true
+}
+
+// upload sends src once, with the checksum that the service takes. A service that refuses CRC64 as a feature has done
+// nothing, and is asked again without.
+func (s *Store) upload(ctx context.Context, src *source, pages bool, send func(ctx context.Context, body io.ReadSeekCloser, sum blob.TransferValidationType) error) error {
+	for {
+		kind := summing(s.checksum.Load())
+		use := kind
+		if pages && kind == sumBasic {
+			use = sumNone
+		}
+		sum, err := src.sum(use)
+		if err != nil {
+			return err
+		}
+		body := src.section(0, src.size)
+		err = send(ctx, body, sum)
+		body.revoke()
+		if err == nil {
+			s.checksum.CompareAndSwap(int32(sumProbe), int32(sumCRC64))
+			return nil
+		}
+		if kind != sumProbe || !refusesFeature(err) {
+			return err
+		}
+		s.checksum.CompareAndSwap(int32(sumProbe), int32(sumBasic))
+		if summing(s.checksum.Load()) == sumProbe || summing(s.checksum.Load()) == sumCRC64 {
+			return err
+		}
+	}
+}
+
+// refusesFeature tells whether the answer says that the service has not got something.
+func refusesFeature(err error) bool {
+	var re *azcore.ResponseError
+	return errors.As(err, &re) && (re.ErrorCode == featureMissing ||
+		re.StatusCode == http.StatusNotImplemented || re.ErrorCode == "UnsupportedHeader")
+}

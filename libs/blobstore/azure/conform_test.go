@@ -1,0 +1,65 @@
+package azure
+
+import (
+	"flag"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
+	"github.com/landfall-dr/landfall/libs/config"
+	"github.com/landfall-dr/landfall/libs/testkit/azurite"
+)
+
+func TestMain(m *testing.M) {
+	// Each example of the suite's models costs some dozens of requests; the memory store runs them in full.
+	if err := flag.Set("rapid.checks", "10"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// connString are settings for an account that is reached by its key.
+func connString(text string) Settings {
+	s := DefaultSettings()
+	s.ConnectionString = config.NewSecret(text)
+	s.Concurrency, s.BlobConcurrency = 8, 8
+	return s
+}
+
+func open(t testing.TB, s Settings, o Options) *Store {
+	t.Helper()
+	if o.Backoff == 0 {
+		o.Backoff = 2 * time.Millisecond
+	}
+	st, err := Open("", s, o)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, st.Close()) })
+	return st
+}
+
+// emulator is one Azurite with many accounts, so that each test has one of its own and only one process starts.
+func emulator(t testing.TB) func() string {
+	names := make([]string, 40)
+	for i := range names {
+		names[i] = fmt.Sprintf("lftest%02d", i)
+	}
+	srv := azurite.Start(t, azurite.WithAccounts(names...))
+	var next atomic.Int32
+	return func() string { return srv.ConnectionStringOf(srv.Accounts()[next.Add(1)-1]) }
+}
+
+// onAzurite says what Azurite cannot: its sequence numbers are JavaScript's.
+type onAzurite struct{ *Store }
+
+func (onAzurite) MaxSequence() int64 { return 1<<53 - 1 }
+
+func TestConformsOnAzurite(t *testing.T) {
+	account := emulator(t)
+	blobstoretest.Run(t, func(t *testing.T) blobstore.Store { return onAzurite{open(t, connString(account()), Options{})} })
+}
