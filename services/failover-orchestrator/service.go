@@ -54,6 +54,7 @@ type Service struct {
 	failovers *bus.KV[*failoverv1.Failover]
 	jobs      *bus.KV[*typesv1.Job]
 	vms       *bus.KV[*schedulerv1.ProtectedVm] // read only
+	plans     *bus.KV[*failoverv1.RecoveryPlan]
 	targets   map[failoverv1.TargetKind]target.Target
 	machine   string // this machine, in records
 	metrics   metrics
@@ -95,6 +96,10 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open VM records: %w", err)
 	}
+	plans, err := bus.OpenKV[*failoverv1.RecoveryPlan](ctx, d.Bus, bus.BucketPlans)
+	if err != nil {
+		return nil, fmt.Errorf("open plans: %w", err)
+	}
 	m, err := newMetrics(d.MeterProvider)
 	if err != nil {
 		return nil, err
@@ -105,13 +110,14 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 	}
 	return &Service{
 		config: c, deps: d, log: d.Logger, tracer: d.TracerProvider.Tracer("failover-orchestrator"),
-		failovers: failovers, jobs: jobs, vms: vms, targets: targets(c, d), machine: machine, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
+		failovers: failovers, jobs: jobs, vms: vms, plans: plans, targets: targets(c, d), machine: machine, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
 	}, nil
 }
 
 // Register adds the service's handlers.
 func (s *Service) Register(r grpc.ServiceRegistrar) {
 	failoverv1.RegisterFailoverServiceServer(r, &server{s: s})
+	failoverv1.RegisterPlanServiceServer(r, &planServer{s: s})
 }
 
 // Run executes failovers while this instance holds the lease, until ctx ends.
@@ -145,6 +151,10 @@ func (s *Service) work(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		s.watch(ctx)
+		return nil
+	})
+	group.Go(func() error {
+		s.cataloguePlans(ctx)
 		return nil
 	})
 	tick := time.NewTicker(rescan)
