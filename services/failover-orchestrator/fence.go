@@ -155,7 +155,7 @@ func (c *fencing) drain() step {
 		}
 		id := fmt.Sprintf("%s/apply/failover/%s/%d", c.r.Lineage(), lastPart(c.f.Name), state.Head)
 		err = c.s.deps.Bus.PublishTask(ctx, bus.KindApply, siteOf(c.f.Vm, c.s.config.Site), id, &uploaderv1.ApplyTask{
-			Vm: c.f.Vm, Lineage: string(c.r.Lineage()), Sequence: uint64(state.Head), CheckpointAge: durationpb.New(checkpointAge),
+			Vm: c.f.Vm, Lineage: string(c.r.Lineage()), Sequence: uint64(state.Head), CheckpointAge: durationpb.New(checkpointAge), Urgent: true,
 		})
 		if err != nil {
 			return nil, "", skip("not asked for: %v", err)

@@ -9,10 +9,10 @@ import (
 	"go.opentelemetry.io/otel/trace"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/storagereason"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -128,12 +128,13 @@ func storeError(err error) error {
 	if err == nil || errors.As(err, &known) || errors.Is(err, context.Canceled) {
 		return err
 	}
-	reason := typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE
+	reason, refused := storagereason.Refused(err)
 	switch {
-	case errors.Is(err, blobstore.ErrFull):
-		reason = typesv1.ErrorReason_ERROR_REASON_STORAGE_FULL
+	case refused:
 	case errors.Is(err, bus.ErrRevision):
 		reason = typesv1.ErrorReason_ERROR_REASON_CONCURRENT_MODIFICATION
+	default:
+		reason = typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE
 	}
 	return errcat.Wrap(reason, err, "keep the failover's record")
 }

@@ -7,6 +7,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/segment"
+	"github.com/landfall-dr/landfall/libs/storagereason"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -62,21 +63,16 @@ func configError(err error, format string, args ...any) error {
 // wrap gives an error of the replica its reason; damaged is the reason where storage holds something wrong, or misses
 // an object that the chain names.
 func wrap(damaged typesv1.ErrorReason, err error, format string, args ...any) error {
-	reason := typesv1.ErrorReason_ERROR_REASON_STORAGE_UNAVAILABLE
 	var known *errcat.Error
 	switch {
 	case err == nil:
 		return nil
 	case errors.As(err, &known): // of the sink
-		reason = known.Reason
-	case errors.Is(err, replica.ErrNotFound):
-		reason = typesv1.ErrorReason_ERROR_REASON_POINT_NOT_FOUND
-	case errors.Is(err, replica.ErrNotReachable):
-		reason = typesv1.ErrorReason_ERROR_REASON_RETIRED
-	case errors.Is(err, replica.ErrNoLineage):
-		reason = typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED
-	case errors.Is(err, replica.ErrCorrupt), errors.Is(err, segment.ErrCorrupt), errors.Is(err, blobstore.ErrNotFound):
-		reason = damaged
+		return errcat.Wrap(known.Reason, err, format, args...)
 	}
-	return errcat.Wrap(reason, err, format, args...)
+	if _, refused := storagereason.Refused(err); !refused &&
+		(errors.Is(err, replica.ErrCorrupt) || errors.Is(err, segment.ErrCorrupt) || errors.Is(err, blobstore.ErrNotFound)) {
+		return errcat.Wrap(damaged, err, format, args...)
+	}
+	return storagereason.Wrap(err, format, args...)
 }

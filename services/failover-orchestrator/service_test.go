@@ -264,7 +264,7 @@ func TestRefusals(t *testing.T) {
 	})
 	lost := request(free, latest())
 	lost.Vm = "lost"
-	g.refused(lost, typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED)
+	g.refused(lost, typesv1.ErrorReason_ERROR_REASON_STORAGE_CONTAINER_MISSING)
 
 	require.NoDirExists(t, free)
 	require.Empty(t, names(t, filepath.Dir(free)))

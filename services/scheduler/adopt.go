@@ -2,13 +2,12 @@ package scheduler
 
 import (
 	"context"
-	"errors"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/storagereason"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -19,18 +18,7 @@ import (
 
 // storageError gives an error of storage or of the chain the reason an operator sees.
 func storageError(err error, format string, args ...any) error {
-	reason := typesv1.ErrorReason_ERROR_REASON_STORAGE_UNAVAILABLE
-	switch {
-	case errors.Is(err, replica.ErrCorrupt), errors.Is(err, replica.ErrNoLineage):
-		reason = typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN
-	case errors.Is(err, replica.ErrInvalid):
-		reason = typesv1.ErrorReason_ERROR_REASON_MANIFEST_CORRUPT
-	case errors.Is(err, replica.ErrClosed):
-		reason = typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED
-	case errors.Is(err, blobstore.ErrFull):
-		reason = typesv1.ErrorReason_ERROR_REASON_STORAGE_FULL
-	}
-	return errcat.Wrap(reason, err, format, args...)
+	return storagereason.Wrap(err, format, args...)
 }
 
 // chainState reads the chain of the VM's lineage from storage.

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/landfall-dr/landfall/libs/pricing"
 )
 
 // AutoResync says whether a lost baseline is compared without being asked.
@@ -53,6 +55,12 @@ type Config struct {
 	ChunkBytes int64 `koanf:"chunk_bytes"`
 	// Resync is about lost baselines.
 	Resync ResyncConfig `koanf:"resync"`
+	// Retention is about retiring points.
+	Retention RetentionConfig `koanf:"retention"`
+	// Prices are what usage is priced by: an assumption until they are set.
+	Prices pricing.Table `koanf:"prices"`
+	// UsageTimeout bounds the count of what a VM takes in storage, which lists its containers.
+	UsageTimeout time.Duration `koanf:"usage_timeout"`
 	// MetricVMs is how many VMs have gauges of their own; beyond it only the worst is reported.
 	MetricVMs int `koanf:"metric_vms"`
 }
@@ -63,6 +71,15 @@ type ResyncConfig struct {
 	Auto AutoResync `koanf:"auto"`
 }
 
+// RetentionConfig says when a step of retention is asked for. How long points are kept is the policy's.
+type RetentionConfig struct {
+	// Every is how often, per VM.
+	Every time.Duration `koanf:"every"`
+	// Points is after how many received points it is asked for earlier, and Gap how early at most; the same after a checkpoint.
+	Points int64         `koanf:"points"`
+	Gap    time.Duration `koanf:"gap"`
+}
+
 // Default is the configuration without any setting.
 func Default() Config {
 	return Config{
@@ -71,6 +88,8 @@ func Default() Config {
 		StopTimeout: 10 * time.Minute, StopPoll: time.Second, FenceTimeout: 15 * time.Second,
 		FenceRetry: 10 * time.Second, FenceRetryMax: time.Minute,
 		WindowBytes: 512 << 20, ChunkBytes: 64 << 10, Resync: ResyncConfig{Auto: AutoResyncOff}, MetricVMs: 200,
+		Retention: RetentionConfig{Every: 10 * time.Minute, Points: 200, Gap: time.Minute},
+		Prices:    pricing.Default(), UsageTimeout: 2 * time.Minute,
 	}
 }
 
@@ -99,6 +118,13 @@ func (c Config) Validate() error {
 	bad(c.ChunkBytes >= 4096 && c.ChunkBytes <= 1<<20 && c.ChunkBytes&(c.ChunkBytes-1) == 0,
 		"chunk_bytes: %d is not a power of two from 4096 to 1 MiB", c.ChunkBytes)
 	bad(c.Resync.Auto == AutoResyncOff || c.Resync.Auto == AutoResyncImmediate, "resync.auto: %q is not off or immediate", c.Resync.Auto)
+	bad(c.Retention.Gap > 0, "retention.gap: must be positive")
+	bad(c.Retention.Every >= c.Retention.Gap, "retention.every: %s is below retention.gap (%s)", c.Retention.Every, c.Retention.Gap)
+	bad(c.Retention.Points > 0, "retention.points: must be positive")
+	bad(c.UsageTimeout > 0, "usage_timeout: must be positive")
+	if err := c.Prices.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("prices: %w", err))
+	}
 	bad(c.MetricVMs >= 0, "metric_vms: must not be negative")
 	return errors.Join(errs...)
 }

@@ -22,7 +22,8 @@ func (r *reconciler) consume(ctx context.Context) error {
 	err := r.bus.Subscribe(ctx, bus.Subscription{
 		Durable: "scheduler-facts", Concurrency: 8, RetryDelay: 200 * time.Millisecond, RetryDelayMax: 5 * time.Second,
 		Filters: []bus.Filter{
-			{Type: "recovery-point.received"}, {Type: "recovery-point.processed"}, {Type: "pass-task.shipped"}, {Type: "ship.failed"}, {Parked: true},
+			{Type: "recovery-point.received"}, {Type: "recovery-point.processed"}, {Type: "pass-task.shipped"}, {Type: "ship.failed"}, {Type: "recovery-point.suspected"},
+			{Type: "apply-backlog.raised"}, {Type: "apply-backlog.cleared"}, {Parked: true},
 		},
 	}, r.handle)
 	if err != nil {
@@ -51,6 +52,24 @@ func (r *reconciler) handle(ctx context.Context, e *bus.Received) error {
 			return err
 		}
 		return r.processed(ctx, &p)
+	case "recovery-point.suspected":
+		var p eventsv1.RecoveryPointSuspected
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.suspected(ctx, &p)
+	case "apply-backlog.raised":
+		var p eventsv1.ApplyBacklogRaised
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.backlog(ctx, p.GetVm(), p.GetBacklog(), true)
+	case "apply-backlog.cleared":
+		var p eventsv1.ApplyBacklogCleared
+		if err := e.Decode(&p); err != nil {
+			return err
+		}
+		return r.backlog(ctx, p.GetVm(), p.GetBacklog(), false)
 	case "ship.failed":
 		var p eventsv1.ShipFailed
 		if err := e.Decode(&p); err != nil {
@@ -110,11 +129,46 @@ func (r *reconciler) processed(ctx context.Context, p *eventsv1.RecoveryPointPro
 		return nil
 	}
 	return r.with(ctx, key, func(v *vmRun) error {
-		if v.rec.GetLineage() != p.GetLineage() || p.GetPoint() <= v.rec.GetProcessedPoint() {
+		if v.rec.GetLineage() != p.GetLineage() {
 			return nil
 		}
-		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.ProcessedPoint = p.GetPoint() })
+		if p.GetCheckpoint() > v.m.checkpoint { // what lies below it may be retired now
+			v.m.checkpointed, v.m.checkpoint = v.m.checkpointed || v.m.checkpoint != 0, p.GetCheckpoint()
+		}
+		fresh := newer(p.GetBacklog(), v.rec.GetApplyBacklog())
+		if p.GetPoint() <= v.rec.GetProcessedPoint() && !fresh {
+			return nil
+		}
+		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+			rec.ProcessedPoint = max(rec.GetProcessedPoint(), p.GetPoint())
+			if fresh {
+				rec.ApplyBacklog = p.GetBacklog()
+			}
+		})
 	})
+}
+
+// backlog stores what waits to be applied, when it was measured later than what the record has. Events may overtake each
+// other.
+func (r *reconciler) backlog(ctx context.Context, vm string, b *typesv1.ApplyBacklog, high bool) error {
+	key := keyOf(vm)
+	if key == "" {
+		return nil
+	}
+	return r.with(ctx, key, func(v *vmRun) error {
+		if !newer(b, v.rec.GetApplyBacklog()) {
+			return nil
+		}
+		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+			rec.ApplyBacklog = clone(b)
+			rec.ApplyBacklog.High = high
+		})
+	})
+}
+
+// newer reports whether a was measured after b.
+func newer(a, b *typesv1.ApplyBacklog) bool {
+	return a.GetTime() != nil && (b.GetTime() == nil || a.GetTime().AsTime().After(b.GetTime().AsTime()))
 }
 
 func (r *reconciler) taskFailed(ctx context.Context, vm, lineage string, ordinal, epoch uint64, d *typesv1.ErrorDetail) error {

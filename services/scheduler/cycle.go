@@ -412,6 +412,7 @@ func (v *vmRun) publishApply(ctx context.Context, seq uint64, what string, ordin
 	id := fmt.Sprintf("%s/apply/%s/%d", v.rec.GetLineage(), what, ordinal)
 	return v.bus.PublishTask(ctx, bus.KindApply, v.site(), id, &uploaderv1.ApplyTask{
 		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), Sequence: seq, CheckpointAge: durationpb.New(checkpointAge),
+		Delay: v.policy.GetApplyDelay(),
 	})
 }
 

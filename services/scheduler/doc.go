@@ -69,6 +69,20 @@
 //     the chain, and the host tracked every write since its base. If that base is not above the chain's state, the next delta is
 //     right (protocol rules 3, 5 and 6). A host that lost track, or holds no base, is compared.
 //
+// # Points
+//
+// How long points are kept is the policy's; uploader:retain gives them up, by tasks that this service publishes when a step is
+// due (retention.go): every ten minutes, earlier after a checkpoint or many points. None is published while a person has to
+// look at a suspected point (suspicion.go), nor from the start of a failover until its cancellation has ended. Holds and the
+// pin of the last good point are in storage (retention.json), where every process that retires points reads them; the
+// record only says what is wanted, and the reconciler goes on until storage has it.
+//
+//	killed after                   found at restart             next step
+//	retain task                    the same time in the record  task again under the same id: dropped or harmless
+//	record with the suspicion      not pinned                   pin
+//	pin                            not pinned                   pin again: the same pin
+//	suspicion cleared              pin left                     it ends after 30 days, or by clearing again
+//
 // # Interruptions of a planned failover
 //
 //	killed after                   found at restart             next step
@@ -82,7 +96,8 @@
 //
 // # Events
 //
-// In: recovery-point.received, recovery-point.processed, pass-task.shipped, ship.failed, parked.*. Out:
-// protection-state.changed, health.changed, recovery-point.abandoned, recovery-point.application-consistency-missed,
+// In: recovery-point.received, recovery-point.processed, recovery-point.suspected, apply-backlog.raised,
+// apply-backlog.cleared, pass-task.shipped, ship.failed, parked.*. Out: protection-state.changed, health.changed,
+// recovery-point.abandoned, recovery-point.application-consistency-missed, recovery-point.held, recovery-point.released,
 // replication-cycle.missed, resync.became-required, job.changed.
 package scheduler

@@ -35,6 +35,9 @@ func (v *vmRun) enable(ctx context.Context) (next, error) {
 		return v.enableFailed(ctx, storageError(err, "create the storage of %s", v.rec.GetName()))
 	}
 	v.m.chain = chain
+	if err := v.writeOnce(ctx); err != nil {
+		return v.enableFailed(ctx, err)
+	}
 	_, err = v.track(ctx)
 	if errcat.Is(err, typesv1.ErrorReason_ERROR_REASON_LINEAGE_MISMATCH) && v.dropEnded(ctx) {
 		_, err = v.track(ctx)

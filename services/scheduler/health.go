@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/landfall-dr/landfall/libs/errcat"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -27,6 +28,10 @@ const (
 	HealthAppConsistency = "APPLICATION_CONSISTENCY_MISSED"
 	// HealthNotFenced is the reason of the catalogue: two copies of the machine may run.
 	HealthNotFenced = "SOURCE_NOT_FENCED"
+	// HealthSuspected is the reason of the catalogue: nobody has looked at a suspected point yet.
+	HealthSuspected = "RANSOMWARE_SUSPECTED"
+	// HealthBacklog is the reason of the catalogue: a failover to the newest point waits for what is not applied.
+	HealthBacklog = "APPLY_BACKLOG_HIGH"
 )
 
 const (
@@ -66,6 +71,9 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 			text += ": " + e.GetWhat()
 		}
 		add(critical, HealthNotFenced, text, todo)
+	}
+	if s := vm.GetSuspicion(); s != nil {
+		add(critical, HealthSuspected, suspicionText(s), adviceOf(typesv1.ErrorReason_ERROR_REASON_RANSOMWARE_SUSPECTED))
 	}
 	switch vm.GetState() {
 	case Unprotected, Disabling, DisablingFailed, MigrationCompleted, EnablingProtection:
@@ -128,6 +136,9 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	if e := vm.GetAppConsistencyError(); e != nil && p.GetAppConsistentInterval() != nil && vm.GetState() == Protected {
 		add(warning, HealthAppConsistency, "points are only crash-consistent: "+e.GetWhat(), e.GetAction())
 	}
+	if b := vm.GetApplyBacklog(); b.GetHigh() && !afterFailover(vm.GetState()) {
+		add(warning, HealthBacklog, backlogText(b), adviceOf(typesv1.ErrorReason_ERROR_REASON_APPLY_BACKLOG_HIGH))
+	}
 	if r := vm.GetRetry(); r.GetAttempt() > 0 && !afterFailover(vm.GetState()) && vm.GetState() != ReplicationError && vm.GetState() != InitialReplicationFailed && vm.GetState() != EnablingFailed {
 		h := warning
 		if reasonOf(r.GetError()) == typesv1.ErrorReason_ERROR_REASON_HYPERVISOR_UNREACHABLE {
@@ -135,9 +146,70 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 		} else if r.GetAttempt() >= int32(len(rungs)) || now.Sub(r.GetFirstFailureTime().AsTime()) > behindLimit {
 			h = critical
 		}
-		add(h, HealthCannotSend, fmt.Sprintf("attempt %d failed: %s", r.GetAttempt(), r.GetError().GetWhat()), r.GetError().GetAction())
+		reason := HealthCannotSend
+		if byHand[reasonOf(r.GetError())] { // the ladder goes on, and will not get past it by itself
+			h, reason = critical, r.GetError().GetReason()
+		}
+		add(h, reason, fmt.Sprintf("attempt %d failed: %s", r.GetAttempt(), r.GetError().GetWhat()), r.GetError().GetAction())
 	}
 	return worst, append(bad, odd...)
+}
+
+// byHand are the refusals of storage that pass only when a person sets something right. Replication is tried again all the
+// same, so that nobody has to resume it afterwards.
+var byHand = map[typesv1.ErrorReason]bool{
+	typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS: true,
+	typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION:  true,
+	typesv1.ErrorReason_ERROR_REASON_STORAGE_CLOCK_SKEW:  true,
+}
+
+// adviceOf is what the catalogue says to do.
+func adviceOf(reason typesv1.ErrorReason) string {
+	entry, _ := errcat.Lookup(reason)
+	return entry.Action
+}
+
+// suspicionText names the last good point, which is what an operator needs first.
+func suspicionText(s *schedulerv1.Suspicion) string {
+	text := fmt.Sprintf("point %d of %s changed %s, usual is %s, and hardly compresses; ", s.GetPoint(), clock(s.GetCutTime()),
+		bytesText(s.GetSignals().GetChangedBytes()), bytesText(s.GetUsualBytes()))
+	if s.GetLastGoodPoint() == 0 {
+		return text + "there is no point before it"
+	}
+	text += fmt.Sprintf("the last good point is %d of %s", s.GetLastGoodPoint(), clock(s.GetLastGoodTime()))
+	if !s.GetPinned() {
+		text += " (it is not pinned in storage yet)"
+	}
+	return text
+}
+
+func backlogText(b *typesv1.ApplyBacklog) string {
+	text := fmt.Sprintf("%s in %d manifests wait to be applied", bytesText(b.GetBytes()), b.GetManifests())
+	if b.GetEstimate() != nil {
+		text += fmt.Sprintf(": a failover to the newest point waits about %s", b.GetEstimate().AsDuration().Round(time.Second))
+	}
+	return text
+}
+
+func clock(t *timestamppb.Timestamp) string {
+	if t == nil {
+		return "an unknown time"
+	}
+	return t.AsTime().UTC().Format("2006-01-02 15:04:05 UTC")
+}
+
+// bytesText is a size with a binary unit.
+func bytesText(n int64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, i := float64(n)/1024, 0
+	for f >= 1024 && i < len(units)-1 {
+		f /= 1024
+		i++
+	}
+	return fmt.Sprintf("%.1f %ciB", f, units[i])
 }
 
 func what(vm *schedulerv1.ProtectedVm, text string) string {

@@ -18,8 +18,8 @@ type views struct {
 	now   func() time.Time
 	limit int
 
-	missedTotal, pointsTotal, abandonedTotal, changedBytes metric.Int64Counter
-	registration                                           metric.Registration
+	missedTotal, pointsTotal, abandonedTotal, changedBytes, retainTotal metric.Int64Counter
+	registration                                                        metric.Registration
 
 	mu     sync.Mutex
 	vms    map[string]*schedulerv1.ProtectedVm
@@ -41,6 +41,7 @@ func newViews(provider metric.MeterProvider, now func() time.Time, limit int) (*
 	w.pointsTotal = counter("landfall_scheduler_points_received", "Recovery points received.")
 	w.abandonedTotal = counter("landfall_scheduler_points_abandoned", "Points and cuts given up.")
 	w.changedBytes = counter("landfall_scheduler_changed_bytes", "Distinct bytes changed, of received points.")
+	w.retainTotal = counter("landfall_scheduler_retention_steps", "Steps of retention asked for.")
 	gauge := func(name, unit, description string) metric.Float64ObservableGauge {
 		g, gerr := meter.Float64ObservableGauge(name, metric.WithUnit(unit), metric.WithDescription(description))
 		if err == nil {
@@ -52,14 +53,18 @@ func newViews(provider metric.MeterProvider, now func() time.Time, limit int) (*
 	worst := gauge("landfall_scheduler_rpo_worst_seconds", "", "Highest RPO of all protected VMs.")
 	states := gauge("landfall_scheduler_vms", "", "Protected VMs by state.")
 	health := gauge("landfall_scheduler_vms_health", "", "Protected VMs by health.")
+	suspected := gauge("landfall_scheduler_suspected_vms", "", "Protected VMs with a suspected point that nobody has looked at.")
+	backlog := gauge("landfall_scheduler_apply_backlog_worst_bytes", "By", "Most stored bytes of one VM that wait to be applied.")
+	debt := gauge("landfall_scheduler_apply_backlog_worst_seconds", "s", "Longest time that applying what waits of one VM is estimated to take.")
 	leader := gauge("landfall_scheduler_active", "", "1 while this process holds the lease.")
 	if err != nil {
 		return nil, err
 	}
 	w.registration, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		w.observe(o, rpo, worst, states, health, leader)
+		w.observePoints(o, suspected, backlog, debt)
 		return nil
-	}, rpo, worst, states, health, leader)
+	}, rpo, worst, states, health, leader, suspected, backlog, debt)
 	return w, err
 }
 
@@ -101,6 +106,23 @@ func (w *views) observe(o metric.Observer, rpo, worst, states, health, leader me
 	o.ObserveFloat64(leader, active)
 }
 
+// observePoints shows what stands in the way of a quick failover, or warns of one.
+func (w *views) observePoints(o metric.Observer, suspected, backlog, debt metric.Float64Observable) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var n, bytes, seconds float64
+	for _, vm := range w.vms {
+		if vm.GetSuspicion() != nil {
+			n++
+		}
+		bytes = max(bytes, float64(vm.GetApplyBacklog().GetBytes()))
+		seconds = max(seconds, vm.GetApplyBacklog().GetEstimate().AsDuration().Seconds())
+	}
+	o.ObserveFloat64(suspected, n)
+	o.ObserveFloat64(backlog, bytes)
+	o.ObserveFloat64(debt, seconds)
+}
+
 func (w *views) show(key string, vm *schedulerv1.ProtectedVm) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -123,6 +145,7 @@ func (w *views) term(active bool) {
 	}
 }
 
+func (w *views) retained(ctx context.Context)        { w.retainTotal.Add(ctx, 1) }
 func (w *views) missed(ctx context.Context, n int64) { w.missedTotal.Add(ctx, n) }
 func (w *views) abandoned(ctx context.Context)       { w.abandonedTotal.Add(ctx, 1) }
 func (w *views) received(ctx context.Context, changed int64) {

@@ -33,6 +33,7 @@ var (
 	fpAfterSettle   = failpoint.Register("scheduler/after-settle")
 	fpBeforeStop    = failpoint.Register("scheduler/before-stop")
 	fpAfterStop     = failpoint.Register("scheduler/after-stop")
+	fpAfterRetain   = failpoint.Register("scheduler/after-retain")
 )
 
 const (
@@ -100,6 +101,13 @@ type memory struct {
 	fencePoll  time.Time // when to ask storage next whether the failover has closed the lineage
 	released   string    // failover whose machine this process has released
 
+	retainKnown  bool      // retainedAt says something
+	retainedAt   int64     // points received when the last step of retention was asked for
+	checkpointed bool      // a checkpoint was made since
+	checkpoint   uint64    // newest one that was heard of
+	pinFor       uint64    // suspected point whose last good one is to be pinned
+	pinAt        time.Time // when to put that pin next
+
 	hints  hints // what events said; has its own lock
 	cycles cycleLog
 	job    *typesv1.Job
@@ -113,6 +121,7 @@ func (m *memory) restart(lineage string) {
 	m.lineage, m.reconciled, m.adoptedEpoch, m.status, m.chain = lineage, false, 0, nil, nil
 	m.cutHere, m.published, m.publishedAt, m.attempt, m.nextPoll, m.quiet = 0, 0, time.Time{}, 0, time.Time{}, 0
 	m.badExports, m.fenceAt, m.fenceTries, m.fencePoll, m.watchAt, m.released = 0, time.Time{}, 0, time.Time{}, time.Time{}, ""
+	m.retainKnown, m.retainedAt, m.checkpointed, m.checkpoint, m.pinFor, m.pinAt = false, 0, false, 0, 0, time.Time{}
 	m.cycles, m.job, m.jobRev, m.jobAt = cycleLog{}, nil, 0, time.Time{}
 }
 
@@ -285,8 +294,14 @@ func (v *vmRun) once(ctx context.Context) (next, error) {
 	if err != nil || changed {
 		return atOnce, err
 	}
-	if jobWait > 0 && (n.in <= 0 || jobWait < n.in) {
-		n.in = jobWait
+	pointsWait, changed, err := v.syncPoints(ctx)
+	if err != nil || changed {
+		return atOnce, err
+	}
+	for _, wait := range []time.Duration{jobWait, pointsWait} {
+		if wait > 0 && (n.in <= 0 || wait < n.in) {
+			n.in = wait
+		}
 	}
 	return n, nil
 }
@@ -417,7 +432,7 @@ func sameReasons(a, b []*typesv1.ErrorDetail) bool {
 		return false
 	}
 	for i := range a {
-		if a[i].GetReason() != b[i].GetReason() {
+		if a[i].GetReason() != b[i].GetReason() || a[i].GetReason() == HealthSuspected && a[i].GetWhat() != b[i].GetWhat() {
 			return false
 		}
 	}

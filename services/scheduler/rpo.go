@@ -3,6 +3,7 @@ package scheduler
 import (
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/policy"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 )
 
@@ -19,16 +20,10 @@ func RPO(vm *schedulerv1.ProtectedVm, now time.Time) time.Duration {
 	return max(now.Sub(since.AsTime()), 0)
 }
 
-// alertFloor is the least RPO that alerts by default.
-const alertFloor = 15 * time.Minute
-
 // AlertThreshold is the RPO above which health turns to Warning: the policy's, or five copy intervals and at least
 // 15 minutes.
 func AlertThreshold(p *schedulerv1.Policy) time.Duration {
-	if d := p.GetRpoAlertThreshold().AsDuration(); d > 0 {
-		return d
-	}
-	return max(5*p.GetCopyInterval().AsDuration(), alertFloor)
+	return policy.AlertThreshold(p)
 }
 
 // missed counts the cycles that fell due from due up to now, every interval, and says when the first later one is due.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -17,7 +16,6 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
-	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/rpc"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -156,58 +154,6 @@ func (s *protectionServer) WatchProtectedVms(r *schedulerv1.WatchProtectedVmsReq
 	return nil
 }
 
-// ListRecoveryPoints reads the chain from storage, newest first.
-func (s *protectionServer) ListRecoveryPoints(ctx context.Context, r *schedulerv1.ListRecoveryPointsRequest) (*schedulerv1.ListRecoveryPointsResponse, error) {
-	_, rec, _, err := s.mustRecord(ctx, r.GetVm())
-	if err != nil {
-		return nil, err
-	}
-	sctx, cancel := context.WithTimeout(ctx, s.cfg.StorageTimeout)
-	defer cancel()
-	chain, err := replica.Open(sctx, s.deps.Store, replica.Lineage(rec.GetLineage()))
-	if errors.Is(err, replica.ErrNoLineage) && rec.GetLastPoint() == 0 {
-		return &schedulerv1.ListRecoveryPointsResponse{}, nil // its storage is not made yet
-	}
-	var points []replica.Point
-	if err == nil {
-		points, err = chain.Points(sctx)
-	}
-	if err != nil {
-		return nil, storageError(err, "read the points of %s", rec.GetName())
-	}
-	slices.Reverse(points)
-	out, token, err := page(points, func(p replica.Point) string { return ordinalText(uint64(p.Ordinal)) }, descending, r.GetPageSize(), r.GetPageToken())
-	if err != nil {
-		return nil, err
-	}
-	resp := &schedulerv1.ListRecoveryPointsResponse{NextPageToken: token}
-	for _, p := range out {
-		resp.Points = append(resp.Points, presentPoint(rec.GetName(), p))
-	}
-	return resp, nil
-}
-
-// ordinalText sorts as text as ordinals do as numbers.
-func ordinalText(o uint64) string { return fmt.Sprintf("%020d", o) }
-
-func presentPoint(vm string, p replica.Point) *schedulerv1.RecoveryPoint {
-	out := &schedulerv1.RecoveryPoint{
-		Name: fmt.Sprintf("%s/recoveryPoints/%d", vm, p.Ordinal), Ordinal: uint64(p.Ordinal), Sequence: uint64(p.Seq),
-		Kind: typesv1.PointKind_POINT_KIND_POINT, Consistency: typesv1.Consistency_CONSISTENCY_CRASH,
-		Processed: p.Processed, Checkpointed: p.Checkpointed, StoredBytes: p.Bytes,
-	}
-	if p.Kind == replica.KindBase {
-		out.Kind = typesv1.PointKind_POINT_KIND_BASE
-	}
-	if p.Consistency == replica.ConsistencyApp {
-		out.Consistency = typesv1.Consistency_CONSISTENCY_APPLICATION
-	}
-	if !p.CutTime.IsZero() {
-		out.CutTime = timestamppb.New(p.CutTime)
-	}
-	return out
-}
-
 // change edits a record by an action of a person, if the action is legal now. edit sees the record as stored and moves
 // it; bus.NoChange means that it is as wanted already.
 func (s *Service) change(ctx context.Context, name string, act Action, edit func(rec *schedulerv1.ProtectedVm) (Event, error)) (*schedulerv1.ProtectedVm, error) {
@@ -244,7 +190,7 @@ func (s *Service) change(ctx context.Context, name string, act Action, edit func
 	})
 	switch {
 	case errors.Is(err, bus.ErrNotFound):
-		return nil, reasonError(typesv1.ErrorReason_ERROR_REASON_NOT_PROTECTED, name, "%s is not protected any more", name)
+		return nil, notProtectedAnyMore(name)
 	case err != nil:
 		if known := (*errcat.Error)(nil); errors.As(err, &known) {
 			return nil, known // what edit said, without the words of the store around it

@@ -38,6 +38,9 @@ func (s *protectionServer) EnableProtection(ctx context.Context, r *schedulerv1.
 	if err := findingsError(name, findings); err != nil {
 		return nil, err
 	}
+	if err := s.canBeWriteOnce(policy); err != nil {
+		return nil, err
+	}
 	if r.GetValidateOnly() {
 		return &schedulerv1.EnableProtectionResponse{Findings: findings}, nil
 	}
