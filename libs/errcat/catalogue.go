@@ -365,6 +365,11 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 		Cause:  "A window of the schedule is impossible, or the time zone is unknown.",
 		Action: "Correct the fields named in the message and give the command again.",
 	},
+	typesv1.ErrorReason_ERROR_REASON_FORMAT_NEWER: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "A newer version of Landfall wrote this object; this one does not know its format and does not guess.",
+		Action: "Run the command with the version of Landfall that protected the machine, or a newer one; `landfall version` says which this is.",
+	},
 	typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS: {
 		Code:        codes.Unauthenticated,
 		Cause:       "The credentials for storage are wrong, have expired, or were revoked.",
