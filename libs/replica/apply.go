@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/failpoint"
@@ -23,7 +23,7 @@ type ApplierOptions struct {
 	Footer func(diskID string, size int64) []byte
 	// Clock decides when leases are renewed; default time.Now.
 	Clock func() time.Time
-	// Parallel is how many page writes are in flight per disk; default 4. With 1 no goroutine is started.
+	// Parallel is how many page requests are in flight per disk; default 4. With 1 no goroutine is started.
 	Parallel int
 	// Lease is the duration of the leases, 15 s to 60 s; default 60 s.
 	Lease time.Duration
@@ -35,6 +35,11 @@ type ApplierOptions struct {
 	Stop func(Entry) bool
 	// MaxBatchBytes bounds the stored bytes of the segments merged in one batch; default 256 MiB.
 	MaxBatchBytes int64
+	// RequestBytes is how many bytes a page request is worth; 0 asks the store (blobstore.RequestCost) for each batch,
+	// negative says that requests are free.
+	RequestBytes int64
+	// Yield is asked between batches; true ends Advance early, without error. nil never does.
+	Yield func() bool
 }
 
 // Applier brings the page blobs of one lineage up to the chain. One works at a time per lineage, by leases; several
@@ -47,7 +52,7 @@ type Applier struct {
 	mu      sync.Mutex // guards renewed
 	renewed time.Time  // when every lease held was last known to be good
 
-	written, cleared atomic.Int64
+	written, cleared, unchanged, read, requests atomic.Int64
 }
 
 // appliedDisk is a page blob whose lease is held.
@@ -56,6 +61,8 @@ type appliedDisk struct {
 	name   string
 	a, t   Seq // what the number says, with a at least First-1
 	number int64
+	rest   bool // it was at rest when its lease was taken, or this lease brought it there
+	empty  bool // its blob holds nothing of what lies at or below a
 
 	lease blobstore.LeaseID
 }
@@ -72,6 +79,13 @@ type Progress struct {
 	Checkpoints []Seq
 	// Batches written, page bytes written and page bytes cleared.
 	Batches, Written, Cleared int64
+	// Unchanged page bytes that were found to be there already and not written, and page bytes read to know so, or to fill
+	// the gap between two ranges that went out as one.
+	Unchanged, Read int64
+	// Requests to page blobs that moved or listed pages.
+	Requests int64
+	// Yielded: there is more to apply, and ApplierOptions.Yield wanted a pause.
+	Yielded bool
 }
 
 // NewApplier returns an applier for r.
@@ -99,8 +113,9 @@ func NewApplier(r *Replica, o ApplierOptions) (*Applier, error) {
 // over. After any error the applier can be used again: it starts from what storage says, under new leases. Progress
 // is valid with an error too, as far as it got. Leases are released before it returns.
 func (a *Applier) Advance(ctx context.Context, to Seq) (Progress, error) {
-	a.written.Store(0)
-	a.cleared.Store(0)
+	for _, n := range []*atomic.Int64{&a.written, &a.cleared, &a.unchanged, &a.read, &a.requests} {
+		n.Store(0)
+	}
 	a.renewed = a.o.Clock() // no lease is older
 	p, err := a.advance(ctx, to)
 	for i := 0; i < 3 && errors.Is(err, errBehind); i++ {
@@ -110,7 +125,11 @@ func (a *Applier) Advance(ctx context.Context, to Seq) (Progress, error) {
 		p.Points, p.Batches = append(before.Points, p.Points...), p.Batches+before.Batches
 		p.Checkpoints = append(before.Checkpoints, p.Checkpoints...)
 	}
-	p.Written, p.Cleared = a.written.Load(), a.cleared.Load()
+	if errors.Is(err, errBehind) { // under the lease, and the chain does not reach it
+		err = fmt.Errorf("%w: %w", ErrTampered, err)
+	}
+	p.Written, p.Cleared, p.Requests = a.written.Load(), a.cleared.Load(), a.requests.Load()
+	p.Unchanged, p.Read = a.unchanged.Load(), a.read.Load()
 	a.release(ctx)
 	if err != nil {
 		return p, fmt.Errorf("apply lineage %s: %w", a.r.lineage, err)
@@ -154,15 +173,19 @@ func (a *Applier) advance(ctx context.Context, to Seq) (p Progress, err error) {
 			p.Applied = low
 			return p, nil
 		}
+		if p.Batches > 0 && a.o.Yield != nil && a.o.Yield() {
+			p.Applied, p.Yielded = low, true
+			return p, nil
+		}
 		target := entries[end].Seq
 		from := low
 		for _, d := range disks {
 			if d.a < target || d.t > d.a {
 				from = min(from, d.a)
-				if err := a.bring(ctx, d, entries, target); err != nil {
-					return p, err
-				}
 			}
+		}
+		if err := a.batch(ctx, disks, entries, from, target); err != nil {
+			return p, err
 		}
 		p.Batches++
 		for _, e := range entries {
@@ -252,10 +275,17 @@ func (a *Applier) take(ctx context.Context, ds DiskState, head Seq) (*appliedDis
 	}
 	c := a.r.replica
 	d := &appliedDisk{d: ds, name: name}
+	ev, err := a.r.evidence(ctx, ds)
+	if err != nil {
+		return nil, err
+	}
 	if !a.r.bugs.NoLeaseNoNumber {
 		id := blobstore.LeaseID(uuid.NewString())
 		err := c.AcquireLease(ctx, name, id, a.o.Lease)
 		if errors.Is(err, blobstore.ErrNotFound) {
+			if err = ev.neverThere(ds); err != nil {
+				return nil, err
+			}
 			if err = a.create(ctx, ds); err == nil {
 				err = c.AcquireLease(ctx, name, id, a.o.Lease)
 			}
@@ -280,11 +310,15 @@ func (a *Applier) take(ctx context.Context, ds DiskState, head Seq) (*appliedDis
 	if err != nil {
 		return nil, fmt.Errorf("read number of disk %s: %w", ds.ID, err)
 	}
-	if p.Size != blobSize(ds.Size) {
-		return nil, fmt.Errorf("disk %s: page blob of %d bytes, want %d: %w", ds.ID, p.Size, blobSize(ds.Size), ErrCorrupt)
+	if err := a.r.untouched(ds, p, ev); err != nil {
+		return nil, err
 	}
 	d.number = p.Sequence
 	d.a, d.t = splitNumber(p.Sequence)
+	d.rest = d.a == d.t
+	// A number of 0 is set before any page is. With First = 1 nothing lies below the batch that is in flight either; a
+	// disk that was removed and comes back by a rewind is named first anew, and its blob may hold anything.
+	d.empty = p.Sequence == 0 || d.a == 0 && ds.First == 1
 	if a.r.bugs.BatchMarkWithoutLowerBound && d.t > d.a {
 		d.a = d.t - 1
 	}
@@ -311,14 +345,51 @@ func blobSize(size int64) int64 {
 const footerSize = 512
 
 func (a *Applier) create(ctx context.Context, ds DiskState) error {
-	meta := map[string]string{"lineage": string(a.r.lineage), "disk": ds.ID, "gen": strconv.FormatUint(uint64(ds.Gen), 10),
-		"size": strconv.FormatInt(ds.Size, 10), "format": "vhdfixed1"}
-	_, err := a.r.replica.CreatePages(ctx, DiskBlobName(ds.ID, ds.Gen), blobSize(ds.Size), meta, blobstore.Conditions{CreateOnly: true})
+	_, err := a.r.replica.CreatePages(ctx, DiskBlobName(ds.ID, ds.Gen), blobSize(ds.Size), a.r.diskMetadata(ds), blobstore.Conditions{CreateOnly: true})
 	if err != nil && !errors.Is(err, blobstore.ErrExists) {
 		return fmt.Errorf("create page blob of disk %s: %w", ds.ID, err)
 	}
 	return nil
 }
+
+// batch brings the disks that are below target to it, several at a time.
+func (a *Applier) batch(ctx context.Context, disks []*appliedDisk, entries []Entry, from, target Seq) error {
+	started, requests := a.o.Clock(), a.requests.Load()
+	var behind []*appliedDisk
+	for _, d := range disks {
+		if d.a < target || d.t > d.a {
+			behind = append(behind, d)
+		}
+	}
+	if a.o.Parallel == 1 {
+		for _, d := range behind {
+			if err := a.bring(ctx, d, entries, target); err != nil {
+				return err
+			}
+		}
+	} else {
+		g, gctx := errgroup.WithContext(ctx)
+		g.SetLimit(disksAtOnce)
+		for _, d := range behind {
+			g.Go(func() error { return a.bring(gctx, d, entries, target) })
+		}
+		if err := g.Wait(); err != nil {
+			return err
+		}
+	}
+	var stored int64
+	for _, e := range entries {
+		if e.Seq > from && e.Seq <= target {
+			stored += e.Bytes
+		}
+	}
+	a.r.pace.observe(stored, a.requests.Load()-requests, a.o.Clock().Sub(started))
+	return nil
+}
+
+// disksAtOnce is how many disks of a VM are written at the same time: the limits that bind are those of each blob. Each takes
+// assemblers times a buffer and a fetcher, 36 MiB.
+const disksAtOnce = 2
 
 // bring writes (d.a, target] to one disk: number going, pages, number at rest.
 func (a *Applier) bring(ctx context.Context, d *appliedDisk, entries []Entry, target Seq) error {
@@ -376,9 +447,12 @@ func (a *Applier) setNumber(ctx context.Context, d *appliedDisk, from, to Seq) e
 	}
 	n := joinNumber(from, to)
 	if _, err := a.r.replica.SetSequence(ctx, d.name, n, blobstore.Conditions{Lease: d.lease}); err != nil {
-		return d.wrap("set number", err)
+		return a.refused(ctx, d, "set number", err)
 	}
 	d.number, d.a, d.t = n, from, to
+	if from == to {
+		d.rest, d.empty = true, false // what this lease wrote is durable now
+	}
 	return failpoint.Hit(fpAfterSequence)
 }
 
@@ -393,54 +467,30 @@ func (a *Applier) pages(ctx context.Context, d *appliedDisk, o *overlay, first b
 			return err
 		}
 	}
-	c := copier{o: o, t: t}
-	return c.run(ctx, &o.m, wholeDisk(d.d), a.o.Parallel)
+	cost := a.requestBytes()
+	p := planner{cost: cost, trust: d.rest, fresh: d.empty, ranges: t.ranges}
+	w := pageWriter{a: a, d: d, o: o, cost: cost, trust: d.rest}
+	if a.o.Parallel > 1 {
+		w.sem = make(chan struct{}, a.o.Parallel)
+	}
+	return p.slabs(o, func(atoms []atom) error {
+		l, err := p.look(ctx, atoms)
+		if err != nil {
+			return err
+		}
+		return w.run(ctx, p.plan(atoms, l))
+	})
 }
 
-// pageTarget writes pages under lease and number.
-type pageTarget struct {
-	a *Applier
-	d *appliedDisk
-}
-
-func (t pageTarget) cond(ctx context.Context) (blobstore.Conditions, error) {
-	if t.a.r.bugs.NoLeaseNoNumber {
-		return blobstore.Conditions{}, nil
+// requestBytes is what a page request is worth in bytes, 0 for nothing.
+func (a *Applier) requestBytes() int64 {
+	n := a.o.RequestBytes
+	if n == 0 {
+		if c, ok := a.r.store.(blobstore.RequestCost); ok {
+			n = c.BytesPerRequest()
+		}
 	}
-	if err := t.a.renew(ctx); err != nil {
-		return blobstore.Conditions{}, err
-	}
-	return blobstore.Conditions{Lease: t.d.lease, IfSequence: &t.d.number}, nil
-}
-
-func (t pageTarget) write(ctx context.Context, off int64, p []byte) error {
-	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
-		return err
-	}
-	cond, err := t.cond(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := t.a.r.replica.WritePages(ctx, t.d.name, off, p, cond); err != nil {
-		return t.d.wrap("write pages", err)
-	}
-	t.a.written.Add(int64(len(p)))
-	return failpoint.Hit(fpAfterPageWrite)
-}
-
-func (t pageTarget) zero(ctx context.Context, off, length int64) error {
-	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
-		return err
-	}
-	cond, err := t.cond(ctx)
-	if err != nil {
-		return err
-	}
-	if _, err := t.a.r.replica.ClearPages(ctx, t.d.name, off, length, cond); err != nil {
-		return t.d.wrap("clear pages", err)
-	}
-	t.a.cleared.Add(length)
-	return failpoint.Hit(fpAfterPageWrite)
+	return min(max(n, 0), blobstore.MaxPageWrite)
 }
 
 func (d *appliedDisk) wrap(what string, err error) error {
@@ -478,8 +528,12 @@ func (a *Applier) release(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()
 	for _, name := range slices.Sorted(maps.Keys(a.disks)) {
-		if d := a.disks[name]; d.lease != "" {
-			_ = a.r.replica.ReleaseLease(ctx, name, d.lease)
+		d := a.disks[name]
+		if d.lease == "" || a.r.replica.ReleaseLease(ctx, name, d.lease) != nil {
+			continue
+		}
+		if d.rest && d.a == d.t { // from now on no request of ours can change it
+			a.r.leave(ctx, name, d.number)
 		}
 	}
 	clear(a.disks)

@@ -21,6 +21,9 @@ type Replica struct {
 	chain chain
 	ckpts map[Seq]*CheckpointRecord // cache of immutable records
 
+	pace pace // how fast appliers of this process were
+	seen seen // how they left the page blobs
+
 	opens   int // segment indexes fetched at a time when reading a point
 	bugs    bugs
 	pending []pendingPut // only with bugs.ManifestBeforeSegments

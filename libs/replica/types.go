@@ -187,6 +187,10 @@ var (
 	ErrInvalid = errors.New("invalid")
 	// ErrCorrupt: storage holds something the format forbids: a gap, a broken hash link, a wrong checksum.
 	ErrCorrupt = errors.New("replica is corrupt")
+	// ErrTampered: a page blob is not as this package left it: missing, replaced, of another size, with a number that the
+	// chain does not explain, or written to by somebody else. Nothing was written over it; only a resync or a person can go
+	// on. It is ErrCorrupt too.
+	ErrTampered = fmt.Errorf("a replica disk was changed by somebody else: %w", ErrCorrupt)
 	// ErrNoLineage: the lineage has no journal container.
 	ErrNoLineage = errors.New("no such lineage")
 	// ErrNotFound: no such point or manifest, or it was retired.
