@@ -18,6 +18,8 @@ type Entry struct {
 	CutTime     time.Time
 	Consistency Consistency
 	Bytes       int64 // stored bytes of its segments
+	// Signals of a point; nil when unknown. Never changed.
+	Signals *Signals
 	// Stored is when the manifest was stored, by storage time.
 	Stored time.Time
 
@@ -115,7 +117,7 @@ func (c *chain) add(body []byte, stored time.Time, lineage Lineage, b *bugs) err
 		return err
 	}
 	st := &c.state
-	e := Entry{Seq: m.Seq, Kind: m.Kind, Ordinal: m.Ordinal(), CutTime: m.CutTime, Consistency: m.Consistency, Stored: stored,
+	e := Entry{Seq: m.Seq, Kind: m.Kind, Ordinal: m.Ordinal(), CutTime: m.CutTime, Consistency: m.Consistency, Signals: m.Signals, Stored: stored,
 		disks: st.disks, config: m.Config, state: anchorState{hash: st.HeadHash, epoch: st.Epoch, open: st.Open, base: st.Base,
 			newest: st.Newest, stateOrdinal: st.StateOrdinal, highest: st.Highest, fences: st.fences}}
 	if n := len(c.entries); n > 0 && c.entries[n-1].config == e.config {

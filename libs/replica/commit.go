@@ -38,6 +38,8 @@ type Proposal struct {
 	Consistency Consistency
 	// Config is what PutConfig returned.
 	Config string
+	// Signals of a base or point, when they are known.
+	Signals *Signals
 	// Disks: all disks of the VM for a base or point. Every segment was returned by PutSegment.
 	Disks  []Disk
 	Host   string
@@ -57,7 +59,7 @@ type Result struct {
 func (p *Proposal) manifest(l Lineage, s *State, b *bugs) *Manifest {
 	m := &Manifest{V: ManifestVersion, Lineage: l, Epoch: p.Epoch, Open: p.Open, Seq: s.Head + 1, Prev: s.HeadHash,
 		Kind: p.Kind, Point: p.Point, Pass: p.Pass, Base: p.Base, Failover: p.Failover, CutTime: p.CutTime.UTC(),
-		Consistency: p.Consistency, Config: p.Config, Disks: p.Disks, Host: p.Host, Reason: p.Reason, Trace: p.Trace}
+		Consistency: p.Consistency, Config: p.Config, Signals: p.Signals, Disks: p.Disks, Host: p.Host, Reason: p.Reason, Trace: p.Trace}
 	switch p.Kind {
 	case KindClose, KindRewind:
 		m.Epoch, m.Open = max(s.Epoch, 1), s.Open

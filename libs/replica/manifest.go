@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// ManifestVersion is the version of the manifest format this package writes and the only one it reads.
-const ManifestVersion = 1
+// ManifestVersion is the version of the manifest format this package writes. It reads this one and those before it.
+const ManifestVersion = 2
 
 // MaxManifest bounds a stored manifest, in bytes: about 12,000 segments.
 const MaxManifest = 4 << 20
@@ -43,6 +43,8 @@ type Manifest struct {
 	Consistency Consistency `json:"consistency,omitempty"`
 	// Config is the SHA-256 of the VM configuration, hex: config/<sha256>.json.
 	Config string `json:"config,omitempty"`
+	// Signals say what the changes of a base or point looked like; nil when whoever shipped it did not say. From version 2.
+	Signals *Signals `json:"signals,omitempty"`
 	// Disks are all disks of the VM in a base or point; in a partial or rewind at least those with segments.
 	Disks  []Disk `json:"disks,omitempty"`
 	Host   string `json:"host,omitempty"`
@@ -79,7 +81,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 // anything Validate refuses are errors (ErrInvalid).
 func DecodeManifest(b []byte) (*Manifest, error) {
 	var m Manifest
-	if err := decodeStrict(b, MaxManifest, ManifestVersion, &m); err != nil {
+	if err := decodeVersions(b, MaxManifest, 1, ManifestVersion, &m); err != nil {
 		return nil, fmt.Errorf("decode manifest: %w", err)
 	}
 	if err := m.Validate(); err != nil {
@@ -90,6 +92,11 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 
 // decodeStrict decodes one JSON object with a field "v" equal to version, no unknown fields and nothing after it.
 func decodeStrict(b []byte, limit, version int, into any) error {
+	return decodeVersions(b, limit, version, version, into)
+}
+
+// decodeVersions is decodeStrict for the versions oldest to newest.
+func decodeVersions(b []byte, limit, oldest, newest int, into any) error {
 	if len(b) > limit {
 		return fmt.Errorf("%d bytes, at most %d: %w", len(b), limit, ErrInvalid)
 	}
@@ -99,8 +106,8 @@ func decodeStrict(b []byte, limit, version int, into any) error {
 	if err := json.Unmarshal(b, &head); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
-	if head.V == nil || *head.V != version {
-		return fmt.Errorf("format version is not %d: %w", version, ErrInvalid)
+	if head.V == nil || *head.V < oldest || *head.V > newest {
+		return fmt.Errorf("format version is not from %d to %d: %w", oldest, newest, ErrInvalid)
 	}
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
@@ -135,7 +142,7 @@ func (m *Manifest) Validate() error {
 		return fmt.Errorf("manifest %d: "+format+": %w", append(append([]any{m.Seq}, a...), ErrInvalid)...)
 	}
 	switch {
-	case m.V != ManifestVersion:
+	case m.V < 1 || m.V > ManifestVersion:
 		return bad("version %d", m.V)
 	case !isHex(string(m.Lineage), 32):
 		return bad("lineage %q", m.Lineage)
@@ -156,6 +163,14 @@ func (m *Manifest) Validate() error {
 	}
 	if err := m.validateKind(bad); err != nil {
 		return err
+	}
+	if m.Signals != nil {
+		if m.V < 2 || !m.Kind.IsPoint() {
+			return bad("signals in a %s of version %d", m.Kind, m.V)
+		}
+		if err := m.Signals.Validate(); err != nil {
+			return bad("%w", err)
+		}
 	}
 	if len(m.Disks) > maxDisks {
 		return bad("%d disks, at most %d", len(m.Disks), maxDisks)

@@ -16,17 +16,22 @@ func sampleManifests() []Manifest {
 	seg := Segment{Name: "seg/000000000007-0123456789abcdef/disk-a-0", Container: Journal, Bytes: 4096, SHA256: h}
 	staged := seg
 	staged.Container = Staging
-	point := Manifest{V: 1, Lineage: testLineage, Epoch: 3, Open: 2, Seq: 12, Prev: h, Kind: KindPoint, Point: 7, Base: 6, CutTime: testTime,
+	point := Manifest{Lineage: testLineage, Epoch: 3, Open: 2, Seq: 12, Prev: h, Kind: KindPoint, Point: 7, Base: 6, CutTime: testTime,
 		Consistency: ConsistencyApp, Config: h, Host: "sites/one/hosts/h1", Trace: "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 		Disks: []Disk{{ID: "disk-a", Gen: 1, Size: 1 << 30, Segments: []Segment{seg}}, {ID: "disk-b", Gen: 2, Size: 512}}}
 	base := point
 	base.Kind = KindBase
-	return []Manifest{point, base,
-		{V: 1, Lineage: testLineage, Epoch: 1, Seq: 1, Kind: KindPartial, Pass: &Pass{1, 2, 3}, Disks: []Disk{{ID: "disk-a", Gen: 1, Size: 1 << 30, Segments: []Segment{staged}}}},
-		{V: 1, Lineage: testLineage, Epoch: 3, Seq: 13, Prev: h, Kind: KindClose, Failover: "0b1c", Reason: "planned"},
-		{V: 1, Lineage: testLineage, Epoch: 3, Seq: 14, Prev: h, Kind: KindRewind, Base: 5, Failover: "0b1c", Disks: []Disk{{ID: "disk-a", Gen: 1, Size: 1 << 30, Segments: []Segment{seg}}}},
-		{V: 1, Lineage: testLineage, Epoch: 4, Seq: 15, Prev: h, Kind: KindOpen, Failover: "0b1c"},
+	point.Signals = &Signals{Changed: 70 << 10, Zero: 4096, Stored: 4096, Incompressible: 64 << 10}
+	all := []Manifest{point, base,
+		{Lineage: testLineage, Epoch: 1, Seq: 1, Kind: KindPartial, Pass: &Pass{1, 2, 3}, Disks: []Disk{{ID: "disk-a", Gen: 1, Size: 1 << 30, Segments: []Segment{staged}}}},
+		{Lineage: testLineage, Epoch: 3, Seq: 13, Prev: h, Kind: KindClose, Failover: "0b1c", Reason: "planned"},
+		{Lineage: testLineage, Epoch: 3, Seq: 14, Prev: h, Kind: KindRewind, Base: 5, Failover: "0b1c", Disks: []Disk{{ID: "disk-a", Gen: 1, Size: 1 << 30, Segments: []Segment{seg}}}},
+		{Lineage: testLineage, Epoch: 4, Seq: 15, Prev: h, Kind: KindOpen, Failover: "0b1c"},
 	}
+	for i := range all {
+		all[i].V = ManifestVersion
+	}
+	return all
 }
 
 // TestManifestGolden pins the stored bytes of each kind: a change needs a new version.
@@ -40,7 +45,7 @@ func TestManifestGolden(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, &m, back)
 	}
-	file := filepath.Join("testdata", "manifests.jsonl")
+	file := filepath.Join("testdata", "manifests-v2.jsonl")
 	if os.Getenv("UPDATE_GOLDEN") != "" {
 		require.NoError(t, os.MkdirAll("testdata", 0o755))
 		require.NoError(t, os.WriteFile(file, all.Bytes(), 0o644))
@@ -50,9 +55,34 @@ func TestManifestGolden(t *testing.T) {
 	require.Equal(t, string(want), all.String())
 }
 
+// TestManifestVersion1 pins what older writers stored: it is read, and its bytes, which the chain's hashes cover, stay.
+func TestManifestVersion1(t *testing.T) {
+	raw, err := os.ReadFile(filepath.Join("testdata", "manifests.jsonl"))
+	require.NoError(t, err)
+	want := sampleManifests()
+	want[0].Signals = nil
+	for i, line := range bytes.SplitAfter(bytes.TrimSuffix(raw, []byte("\n")), []byte("\n")) {
+		line = append(bytes.TrimSuffix(line, []byte("\n")), '\n')
+		m, err := DecodeManifest(line)
+		require.NoError(t, err)
+		want[i].V = 1
+		require.Equal(t, &want[i], m)
+		again, err := m.Encode()
+		require.NoError(t, err)
+		require.Equal(t, string(line), string(again))
+		m.Signals = &Signals{}
+		_, err = m.Encode()
+		require.ErrorIs(t, err, ErrInvalid, "version 1 has no signals")
+	}
+}
+
 func TestManifestRefusals(t *testing.T) {
 	for name, change := range map[string]func(m *Manifest){
-		"version":        func(m *Manifest) { m.V = 2 },
+		"version":        func(m *Manifest) { m.V = 3 },
+		"version 0":      func(m *Manifest) { m.V = 0 },
+		"signals":        func(m *Manifest) { m.Signals = &Signals{Changed: -1} },
+		"signals' parts": func(m *Manifest) { m.Signals = &Signals{Changed: 10, Zero: 6, Incompressible: 6} },
+		"signals' size":  func(m *Manifest) { m.Signals = &Signals{Changed: 1 << 62, Zero: 1 << 62, Incompressible: 1 << 62} },
 		"lineage":        func(m *Manifest) { m.Lineage = "x" },
 		"seq 0":          func(m *Manifest) { m.Seq = 0 },
 		"epoch 0":        func(m *Manifest) { m.Epoch = 0 },
@@ -88,9 +118,9 @@ func TestManifestRefusals(t *testing.T) {
 	good, err := sampleManifestBytes(0)
 	require.NoError(t, err)
 	for name, b := range map[string][]byte{
-		"unknown field": bytes.Replace(good, []byte(`"v":1`), []byte(`"v":1,"more":2`), 1),
-		"unknown v":     bytes.Replace(good, []byte(`"v":1`), []byte(`"v":9`), 1),
-		"no v":          bytes.Replace(good, []byte(`"v":1,`), nil, 1),
+		"unknown field": bytes.Replace(good, []byte(`"v":2`), []byte(`"v":2,"more":2`), 1),
+		"unknown v":     bytes.Replace(good, []byte(`"v":2`), []byte(`"v":9`), 1),
+		"no v":          bytes.Replace(good, []byte(`"v":2,`), nil, 1),
 		"two objects":   append(bytes.Clone(good), good...),
 		"not an object": []byte("[]"),
 		"nothing":       nil,
@@ -110,6 +140,11 @@ func FuzzManifest(f *testing.F) {
 		b, err := sampleManifestBytes(i)
 		require.NoError(f, err)
 		f.Add(b)
+	}
+	old, err := os.ReadFile(filepath.Join("testdata", "manifests.jsonl"))
+	require.NoError(f, err)
+	for line := range bytes.Lines(old) {
+		f.Add(line)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := DecodeManifest(b)

@@ -177,7 +177,7 @@ func (r *Replica) Points(ctx context.Context) ([]Point, error) {
 			continue
 		}
 		out = append(out, Point{Ordinal: e.Ordinal, Seq: e.Seq, Kind: e.Kind, CutTime: e.CutTime, Consistency: e.Consistency,
-			Bytes: e.Bytes, Processed: e.Seq <= processed, Checkpointed: r.ckpts[e.Seq] != nil && !r.ckpts[e.Seq].Void})
+			Bytes: e.Bytes, Signals: e.Signals, Processed: e.Seq <= processed, Checkpointed: r.ckpts[e.Seq] != nil && !r.ckpts[e.Seq].Void})
 	}
 	return out, nil
 }

@@ -258,6 +258,8 @@ type Point struct {
 	CutTime     time.Time
 	Consistency Consistency
 	Bytes       int64 // stored bytes of its segments
+	// Signals say what its changes looked like; nil when unknown.
+	Signals *Signals
 	// Stored is when its manifest was stored, by storage time: ages are measured by it.
 	Stored time.Time
 	// Processed: the replica's page blobs have taken it in. Checkpointed: a checkpoint marks exactly it.
