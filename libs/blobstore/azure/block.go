@@ -208,6 +208,11 @@ func (c *ctr) Delete(ctx context.Context, name string, cond blobstore.Conditions
 			_, err := b.Delete(ctx, &blob.DeleteOptions{DeleteSnapshots: &include, AccessConditions: access(cond)})
 			return err
 		})
+		if errors.Is(err, blobstore.ErrConditionFailed) { // some say so of a blob that is not there
+			if _, herr := c.head(ctx, op, name, "", ""); errors.Is(herr, blobstore.ErrNotFound) {
+				err = herr
+			}
+		}
 		if err == nil || lost && errors.Is(err, blobstore.ErrNotFound) && !errors.Is(err, blobstore.ErrNoContainer) {
 			c.s.infos.drop(c.key(name))
 			return lost, nil

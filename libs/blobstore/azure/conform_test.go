@@ -11,6 +11,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/blobstore/azurefake"
 	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
 	"github.com/landfall-dr/landfall/libs/config"
 	"github.com/landfall-dr/landfall/libs/testkit/azurite"
@@ -52,6 +53,32 @@ func emulator(t testing.TB) func() string {
 	srv := azurite.Start(t, azurite.WithAccounts(names...))
 	var next atomic.Int32
 	return func() string { return srv.ConnectionStringOf(srv.Accounts()[next.Add(1)-1]) }
+}
+
+// fake is an in-process service.
+func fake(t testing.TB, o azurefake.Options) *azurefake.Server {
+	srv := azurefake.New(o)
+	srv.Start(t)
+	return srv
+}
+
+// clocked is a store on a service whose time the suite can move.
+type clocked struct {
+	*Store
+	ahead *atomic.Int64
+}
+
+func (c clocked) Advance(d time.Duration) { c.ahead.Add(int64(d)) }
+
+func TestConformsOnFake(t *testing.T) {
+	blobstoretest.Run(t, func(t *testing.T) blobstore.Store {
+		ahead := &atomic.Int64{}
+		srv := fake(t, azurefake.Options{
+			Now:     func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) },
+			MaxSkew: -1, PageBlobRequests: -1, PageBlobBytes: -1,
+		})
+		return clocked{open(t, connString(srv.ConnectionString()), Options{}), ahead}
+	})
 }
 
 // onAzurite says what Azurite cannot: its sequence numbers are JavaScript's.

@@ -190,7 +190,7 @@ func (s *Store) connect(conn connection, do Doer) error {
 	opts := service.ClientOptions{ClientOptions: azcore.ClientOptions{
 		Transport: do, Retry: policy.RetryOptions{MaxRetries: -1},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: "landfall"},
-		PerCallPolicies: []policy.Policy{&s.clock},
+		PerCallPolicies: []policy.Policy{&s.clock, wantSum{}},
 	}}
 	var err error
 	switch {

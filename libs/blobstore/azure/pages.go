@@ -236,14 +236,15 @@ func (c *ctr) pageRanges(ctx context.Context, name string, snapshot blobstore.Sn
 		id := string(snapshot)
 		o.Snapshot = &id
 	}
-	pager := c.client.NewPageBlobClient(name).NewGetPageRangesPager(o)
+	b := c.client.NewPageBlobClient(name)
 	end, open := offset+length, blobstore.PageRange{}
-	for pager.More() {
+	for more := true; more; more = value(o.Marker) != "" {
 		var page pageblob.GetPageRangesResponse
 		_, err := c.s.call(ctx, call{op: op, name: c.key(name), blob: true, pages: true}, func(ctx context.Context) (err error) {
-			page, err = pager.NextPage(ctx)
+			page, err = b.NewGetPageRangesPager(o).NextPage(ctx) // one per try: a pager that failed once fails for ever
 			return err
 		})
+		o.Marker = page.NextMarker
 		if err == nil {
 			if err = blobstore.CheckRange(offset, length, value(page.BlobContentLength)); err != nil {
 				err = c.wrap(op, name, err)

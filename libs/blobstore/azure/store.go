@@ -56,13 +56,14 @@ func (s *Store) ListContainers(ctx context.Context, prefix string) iter.Seq2[str
 			yield("", s.wrap("list containers", "", err))
 			return
 		}
-		pager := s.client.NewListContainersPager(&service.ListContainersOptions{Prefix: &prefix})
-		for pager.More() {
+		o := &service.ListContainersOptions{Prefix: &prefix}
+		for more := true; more; more = value(o.Marker) != "" {
 			var page service.ListContainersResponse
 			_, err := s.call(ctx, call{op: "list containers"}, func(ctx context.Context) (err error) {
-				page, err = pager.NextPage(ctx)
+				page, err = s.client.NewListContainersPager(o).NextPage(ctx) // one per try: a pager that failed once fails for ever
 				return err
 			})
+			o.Marker = page.NextMarker
 			if err != nil {
 				yield("", err)
 				return
@@ -99,13 +100,13 @@ func (c *ctr) list(ctx context.Context, op string, o *container.ListBlobsFlatOpt
 		yield(none, c.s.wrap(op, c.name, err))
 		return
 	}
-	pager := c.client.NewListBlobsFlatPager(o)
-	for pager.More() {
+	for more := true; more; more = value(o.Marker) != "" {
 		var page container.ListBlobsFlatResponse
 		_, err := c.s.call(ctx, call{op: op, name: c.name}, func(ctx context.Context) (err error) {
-			page, err = pager.NextPage(ctx)
+			page, err = c.client.NewListBlobsFlatPager(o).NextPage(ctx) // one per try, as above
 			return err
 		})
+		o.Marker = page.NextMarker
 		if err != nil {
 			yield(none, err)
 			return
