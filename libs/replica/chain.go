@@ -278,12 +278,18 @@ func (r *Replica) manifest(ctx context.Context, seq Seq) (*Manifest, error) {
 
 // snapshotChain refreshes and returns the state and a copy of the entries.
 func (r *Replica) snapshotChain(ctx context.Context) (*State, []Entry, error) {
+	st, entries, _, err := r.viewChain(ctx)
+	return st, entries, err
+}
+
+// viewChain is snapshotChain with the retention record that the entries obey, nil when there is none.
+func (r *Replica) viewChain(ctx context.Context) (*State, []Entry, *Retention, error) {
 	if err := r.lock(ctx); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	defer r.unlock()
 	if err := r.refresh(ctx); err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
-	return r.chain.state.clone(), slices.Clone(r.chain.entries), nil
+	return r.chain.state.clone(), slices.Clone(r.chain.entries), r.chain.retention, nil
 }

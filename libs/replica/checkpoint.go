@@ -230,8 +230,8 @@ func (r *Replica) checkpoints(ctx context.Context) ([]*CheckpointRecord, error) 
 			return nil, fmt.Errorf("list checkpoints: %w", err)
 		}
 		n, ok := seqOfName(p.Name, ckptPrefix)
-		if a, gone := r.chain.retention.anchorFor(n); !ok || gone && a.Seq != n {
-			continue // inside what is retired; at its end a checkpoint still carries what lies above
+		if !ok || r.chain.retention.givesUpCheckpoint(n) {
+			continue // at the end of what is retired a checkpoint may still carry what lies above
 		}
 		c := r.ckpts[n]
 		if c == nil {

@@ -45,8 +45,8 @@ type Materialised struct {
 }
 
 // Materialise writes the disks as they were at a point: the nearest checkpoint at or below it, and the journals
-// above that. Nothing in the replica changes. ErrNotFound: no such point. ErrNotReachable: retention took what it
-// needs.
+// above that. Nothing in the replica changes. Pin the point first (owner "restore/…" or "failover/…"): retention may
+// take it at any time otherwise. ErrNotFound: no such point. ErrNotReachable: retention took what it needs.
 func (r *Replica) Materialise(ctx context.Context, point Ordinal, sink Sink, o MaterialiseOptions) (Materialised, error) {
 	out, err := r.materialise(ctx, point, sink, o)
 	if err != nil {
@@ -122,7 +122,8 @@ type Source struct {
 
 // SourceAt opens a disk as it is at manifest seq: any kind, not only points, so that a comparing pass can read the
 // state it compares with (rules 13, 14). It reads the nearest checkpoint at or below seq and the journals above it,
-// never the live page blob.
+// never the live page blob. Pin the manifest first and keep the pin while the source is read: retention deletes what
+// nothing pins.
 func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source, error) {
 	e, err := r.entryAt(ctx, seq)
 	if err != nil {
@@ -133,12 +134,12 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 		return nil, fmt.Errorf("disk %s at manifest %d: %w", diskID, seq, ErrNotFound)
 	}
 	s := &Source{d: d, fetchers: make(chan *fetcher, 8)}
-	floor, above, err := r.basis(ctx, s, seq)
+	ret, above, err := r.basis(ctx, s, seq)
 	if err != nil {
 		return nil, fmt.Errorf("disk %s at manifest %d: %w", diskID, seq, err)
 	}
-	if s.base == nil && floor >= d.First {
-		return nil, fmt.Errorf("disk %s at manifest %d: floor is %d: %w", diskID, seq, floor, ErrNotReachable)
+	if s.base == nil && ret != nil && ret.Floor >= d.First {
+		return nil, fmt.Errorf("disk %s at manifest %d: floor is %d: %w", diskID, seq, ret.Floor, ErrNotReachable)
 	}
 	var list []named
 	want := max(s.checkpoint+1, d.First)
@@ -153,11 +154,17 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 		if e.Kind.IsFence() {
 			continue
 		}
+		if ret.released(e.Seq) {
+			return nil, fmt.Errorf("disk %s at manifest %d: segments of %d are given up: %w", diskID, seq, e.Seq, ErrNotReachable)
+		}
 		m, err := r.Manifest(ctx, e.Seq)
 		if err != nil {
 			return nil, err
 		}
 		list = collect(list, m, d)
+	}
+	if want <= seq {
+		return nil, fmt.Errorf("disk %s at manifest %d: manifests %d to %d are retired: %w", diskID, seq, want, seq, ErrNotReachable)
 	}
 	if err := s.o.add(ctx, r, d, list, r.opens, func() error { return ctx.Err() }); err != nil {
 		return nil, fmt.Errorf("disk %s: %w", diskID, err)
@@ -165,15 +172,15 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 	return s, nil
 }
 
-// basis finds the nearest checkpoint with the disk in its generation, and the entries above it up to seq.
-func (r *Replica) basis(ctx context.Context, s *Source, seq Seq) (floor Seq, above []Entry, err error) {
+// basis finds the nearest checkpoint with the disk in its generation, and the entries above it up to seq, which obey ret.
+func (r *Replica) basis(ctx context.Context, s *Source, seq Seq) (ret *Retention, above []Entry, err error) {
 	if err := r.lock(ctx); err != nil {
-		return 0, nil, err
+		return nil, nil, err
 	}
 	defer r.unlock()
 	all, err := r.checkpoints(ctx)
 	if err != nil {
-		return 0, nil, err
+		return nil, nil, err
 	}
 	for _, c := range slices.Backward(all) {
 		if c.Seq > seq {
@@ -187,7 +194,7 @@ func (r *Replica) basis(ctx context.Context, s *Source, seq Seq) (floor Seq, abo
 		}
 	}
 	from, to := r.chain.above(s.checkpoint), r.chain.above(seq)
-	return r.chain.state.Floor, slices.Clone(r.chain.entries[from:to]), nil
+	return r.chain.retention, slices.Clone(r.chain.entries[from:to]), nil
 }
 
 // Disk describes the disk.

@@ -13,6 +13,9 @@ const (
 	ckptPrefix    = "ckpt/"
 	diskPrefix    = "disks/"
 	retentionName = "retention.json"
+	mapPrefix     = "idx/"
+	segPrefix     = "seg/"
+	configPrefix  = "config/"
 	rewindPrefix  = "seg/rewind-" // rule 25: what a rewind stores is named by its failover
 	jsonSuffix    = ".json"
 )

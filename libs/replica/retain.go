@@ -3,6 +3,8 @@ package replica
 import (
 	"context"
 	"fmt"
+	"reflect"
+	"slices"
 	"time"
 )
 
@@ -80,5 +82,144 @@ type RetainResult struct {
 // Nothing above the newest checkpoint is retired, nor that checkpoint, the newest point, the newest
 // application-consistent point, what a pin needs, or a run of partials that has not ended.
 func (r *Replica) Retain(ctx context.Context, o RetainOptions) (RetainResult, error) {
-	return RetainResult{}, fmt.Errorf("retain lineage %s: not written yet: %w", r.lineage, ctx.Err())
+	o.defaults()
+	res := RetainResult{Points: map[Tier]int{}, Deleted: map[string]int{}}
+	err := r.retain(ctx, &o, &res)
+	if err != nil {
+		return res, fmt.Errorf("retain lineage %s: %w", r.lineage, err)
+	}
+	return res, nil
+}
+
+func (o *RetainOptions) defaults() {
+	o.Keep = o.Keep.normal()
+	if o.OrphanAge == 0 {
+		o.OrphanAge = time.Hour
+	}
+	o.OrphanAge = max(o.OrphanAge, 0)
+	if o.MaxDeletes <= 0 {
+		o.MaxDeletes = 1000
+	}
+	if o.MaxReads <= 0 {
+		o.MaxReads = 2000
+	}
+	if o.Parallel <= 0 {
+		o.Parallel = 4
+	}
+}
+
+func (r *Replica) retain(ctx context.Context, o *RetainOptions, res *RetainResult) (err error) {
+	now := o.Now
+	if now.IsZero() {
+		if now, err = r.store.Now(ctx); err != nil {
+			return fmt.Errorf("storage time: %w", err)
+		}
+	}
+	p, err := r.decide(ctx, o, now, res)
+	if err != nil {
+		return err
+	}
+	p.count(res)
+	s := &sweeper{r: r, o: o, res: res, now: now, p: p, left: o.MaxDeletes}
+	return s.sweep(ctx)
+}
+
+// decide makes a plan, stores the extent maps that it wants, and puts the record; again when the record changed meanwhile.
+// The plan's next record is in storage when it returns.
+func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, res *RetainResult) (*plan, error) {
+	if err := r.lock(ctx); err != nil {
+		return nil, err
+	}
+	defer r.unlock()
+	reads := o.MaxReads
+	for range maxRecordTries {
+		if err := r.refresh(ctx); err != nil {
+			return nil, err
+		}
+		ckpts, err := r.checkpoints(ctx)
+		if err != nil {
+			return nil, err
+		}
+		p := newPlan(r.lineage, r.chain.retention, r.chain.state.clone(), slices.Clone(r.chain.entries), ckpts, o.Keep, now, o.Ended)
+		m := &mapper{r: r, p: p, reads: reads, opens: o.Parallel}
+		more, err := m.fill(ctx)
+		if err != nil {
+			return nil, err
+		}
+		reads, res.Maps = m.reads, res.Maps+m.stored
+		if reflect.DeepEqual(p.next, p.ret.clone(r.lineage)) {
+			res.More = res.More || more
+			return p, nil
+		}
+		won, err := r.putRecord(ctx, p.next)
+		if err != nil {
+			return nil, err
+		}
+		if won {
+			res.More = res.More || more
+			res.Dropped = p.dropped
+			return p, nil
+		}
+	}
+	return nil, fmt.Errorf("the record changed %d times: %w", maxRecordTries, ErrContention)
+}
+
+// fill takes into the plan's next record what the step's bound on reads allows.
+func (m *mapper) fill(ctx context.Context) (more bool, err error) {
+	p := m.p
+	list := func() error {
+		if m.maps == nil {
+			m.maps, err = m.r.listMaps(ctx)
+		}
+		return err
+	}
+	for _, g := range p.gaps {
+		if err := list(); err != nil {
+			return false, err
+		}
+		done, err := m.build(ctx, g.SeqRange)
+		if err != nil {
+			return false, err
+		}
+		if !done {
+			more = true
+			break
+		}
+		p.retire(g)
+	}
+	for _, run := range p.finish() {
+		if p.pointBelow(run.From) {
+			if err := list(); err != nil {
+				return false, err
+			}
+			done, err := m.build(ctx, run)
+			if err != nil {
+				return false, err
+			}
+			if !done {
+				more = true
+				break
+			}
+		}
+		p.release(run)
+	}
+	return more, nil
+}
+
+// count says what the plan did, and which points there are.
+func (p *plan) count(res *RetainResult) {
+	res.Floor, res.Ranges = p.next.Floor, len(p.next.Retired)
+	for i := range p.entries {
+		e := &p.entries[i]
+		gone := p.next.Retires(e.Seq)
+		switch {
+		case gone && e.Kind.IsPoint():
+			res.RetiredPoints++
+			res.RetiredManifests++
+		case gone:
+			res.RetiredManifests++
+		case e.Kind.IsPoint():
+			res.Points[p.tiers[i]]++
+		}
+	}
 }

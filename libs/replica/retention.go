@@ -18,25 +18,51 @@ const RetentionVersion = 1
 
 const maxRetention = 8 << 20
 
-// Retention is retention.json of the replica container, changed by If-Match only. This package reads it and obeys
-// it (rule 8); raising floors and deleting is the retention worker's, and comes with its own issue.
+// Retention is retention.json of the replica container, changed by If-Match only. Every reader and committer obeys it
+// (rule 8); Retain raises floors and retires ranges in it, Pin and Unpin keep the pins. What one version of it retires, every
+// later version retires.
 type Retention struct {
 	V       int     `json:"v"`
 	Lineage Lineage `json:"lineage"`
 	// Floor: manifests at or below it are no part of the chain. Anchor is the state at it, required when Floor > 0.
 	Floor  Seq     `json:"floor"`
 	Anchor *Anchor `json:"anchor,omitempty"`
+	// NoCheckpoint: nothing in the chain is reached from a checkpoint at the floor. Readers ignore one that is there; it is
+	// being deleted.
+	NoCheckpoint bool `json:"no_checkpoint,omitempty"`
 	// Retired are ranges above the floor that are no part of the chain, ascending and disjoint.
 	Retired []RetiredRange `json:"retired,omitempty"`
+	// Released are runs of partials, ascending and disjoint, whose segments in staging are gone or going (rule 15). Their
+	// manifests are in the chain.
+	Released []SeqRange `json:"released,omitempty"`
 	// Pins keep points: each names what it holds and who wants it.
 	Pins []Pin `json:"pins,omitempty"`
+	// Keep is what the last Retain was told, so that readers can tell tiers.
+	Keep *KeepRecord `json:"keep,omitempty"`
 }
 
-// RetiredRange is a range of manifests [From, To] between kept checkpoints. Anchor is the state at To.
+// SeqRange is a range of manifests, both ends in it.
+type SeqRange struct {
+	From Seq `json:"from"`
+	To   Seq `json:"to"`
+}
+
+func (s SeqRange) has(n Seq) bool { return s.From <= n && n <= s.To }
+
+// KeepRecord is Keep in seconds.
+type KeepRecord struct {
+	All    int64 `json:"all_seconds"`
+	Hourly int64 `json:"hourly_seconds"`
+	Limit  int64 `json:"limit_seconds"`
+}
+
+// RetiredRange is a range of manifests [From, To] between kept ones. Anchor is the state at To.
 type RetiredRange struct {
 	From   Seq    `json:"from"`
 	To     Seq    `json:"to"`
 	Anchor Anchor `json:"anchor"`
+	// NoCheckpoint is as that of the floor, for a checkpoint at To.
+	NoCheckpoint bool `json:"no_checkpoint,omitempty"`
 }
 
 // Pin keeps what is needed to reach the manifest Seq.
@@ -105,7 +131,7 @@ func (ret *Retention) Validate() error {
 		return fmt.Errorf("retention record: version %d: %w", ret.V, ErrInvalid)
 	case !isHex(string(ret.Lineage), 32):
 		return fmt.Errorf("retention record: lineage %q: %w", ret.Lineage, ErrInvalid)
-	case ret.Floor > MaxSeq, (ret.Floor > 0) != (ret.Anchor != nil):
+	case ret.Floor > MaxSeq, (ret.Floor > 0) != (ret.Anchor != nil), ret.NoCheckpoint && ret.Floor == 0:
 		return fmt.Errorf("retention record: floor %d, anchor present %t: %w", ret.Floor, ret.Anchor != nil, ErrInvalid)
 	}
 	if ret.Anchor != nil {
@@ -123,7 +149,20 @@ func (ret *Retention) Validate() error {
 		}
 		low = r.To
 	}
+	low = ret.Floor
+	for _, r := range ret.Released {
+		if r.From <= low || r.To < r.From || r.To > MaxSeq {
+			return fmt.Errorf("retention record: released range %d to %d above %d: %w", r.From, r.To, low, ErrInvalid)
+		}
+		low = r.To
+	}
+	if k := ret.Keep; k != nil && (k.All < 0 || k.Hourly < 0 || k.Limit < 0) {
+		return fmt.Errorf("retention record: keep %v: %w", *k, ErrInvalid)
+	}
 	for _, p := range ret.Pins {
+		if p.From > p.Seq || !validOwner(p.Owner) || len(p.Reason) > maxText {
+			return fmt.Errorf("retention record: pin of %q at %d from %d: %w", p.Owner, p.Seq, p.From, ErrInvalid)
+		}
 		if ret.Retires(p.Seq) {
 			return fmt.Errorf("retention record: pin of %s at retired %d: %w", p.Owner, p.Seq, ErrInvalid)
 		}
@@ -145,6 +184,40 @@ func (ret *Retention) Retires(s Seq) bool {
 	return in
 }
 
+// released reports whether the segments of the partial s are given up.
+func (ret *Retention) released(s Seq) bool {
+	return ret != nil && slices.ContainsFunc(ret.Released, func(r SeqRange) bool { return r.has(s) })
+}
+
+// givesUpCheckpoint reports whether a checkpoint of n, if there is one, carries nothing: n is retired and is not an end
+// that something above builds on.
+func (ret *Retention) givesUpCheckpoint(n Seq) bool {
+	if ret == nil {
+		return false
+	}
+	if n <= ret.Floor {
+		return n != ret.Floor || ret.NoCheckpoint
+	}
+	i, ok := ret.retiredAt(n)
+	return ok && (n != ret.Retired[i].To || ret.Retired[i].NoCheckpoint)
+}
+
+// retiredAt finds the retired range of s above the floor.
+func (ret *Retention) retiredAt(s Seq) (int, bool) {
+	i, _ := slices.BinarySearchFunc(ret.Retired, s, func(r RetiredRange, s Seq) int { return cmp.Compare(r.To, s) })
+	return i, i < len(ret.Retired) && ret.Retired[i].From <= s
+}
+
+// clone copies what plans change in place.
+func (ret *Retention) clone(l Lineage) *Retention {
+	if ret == nil {
+		return &Retention{V: RetentionVersion, Lineage: l}
+	}
+	c := *ret
+	c.Retired, c.Released, c.Pins = slices.Clone(ret.Retired), slices.Clone(ret.Released), slices.Clone(ret.Pins)
+	return &c
+}
+
 // anchorFor returns the anchor to go on from when s is retired.
 func (ret *Retention) anchorFor(s Seq) (*Anchor, bool) {
 	if ret == nil {
@@ -153,8 +226,8 @@ func (ret *Retention) anchorFor(s Seq) (*Anchor, bool) {
 	if s <= ret.Floor {
 		return ret.Anchor, true
 	}
-	i := slices.IndexFunc(ret.Retired, func(r RetiredRange) bool { return r.From <= s && s <= r.To })
-	if i < 0 {
+	i, ok := ret.retiredAt(s)
+	if !ok {
 		return nil, false
 	}
 	return &ret.Retired[i].Anchor, true

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/segment"
@@ -80,8 +81,16 @@ func (r *Replica) rewind(ctx context.Context, o *RewindOptions) (RewindResult, e
 	if !validToken(o.Failover, maxFailover) || o.Target == 0 || o.Parallel < 1 || o.Parallel > 16 {
 		return RewindResult{}, fmt.Errorf("failover %q, parallel %d: %w", o.Failover, o.Parallel, ErrInvalid)
 	}
+	pinned := ""
+	defer func() {
+		if pinned != "" { // also after an error: the next attempt pins for itself
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unpinTimeout)
+			defer cancel()
+			_ = r.Unpin(ctx, pinned, 0) // what stays ends by its time
+		}
+	}()
 	for try := 1; try <= maxRewindTries; try++ {
-		res, err := r.rewindOnce(ctx, o)
+		res, err := r.rewindOnce(ctx, o, &pinned)
 		if errors.Is(err, ErrHeadMoved) {
 			continue
 		}
@@ -91,9 +100,26 @@ func (r *Replica) rewind(ctx context.Context, o *RewindOptions) (RewindResult, e
 	return RewindResult{}, fmt.Errorf("the head moved %d times: %w", maxRewindTries, ErrContention)
 }
 
+// Bounds of the pin that a rewind holds on its target.
+const (
+	rewindPin    = 24 * time.Hour
+	unpinTimeout = 10 * time.Second
+)
+
+// pinTarget keeps what the target needs while it is read, by an owner of this attempt alone: another attempt of the same
+// failover must not end it. The chain is read again after it.
+func (r *Replica) pinTarget(ctx context.Context, o *RewindOptions, target Seq, pinned *string) error {
+	now, err := r.store.Now(ctx)
+	if err != nil {
+		return fmt.Errorf("pin the target: %w", err)
+	}
+	*pinned = "failover/" + o.Failover + "/" + string(NewTx())
+	return r.Pin(ctx, Pin{Seq: target, Owner: *pinned, Until: now.Add(rewindPin), Reason: "rewind"})
+}
+
 // rewindOnce computes from one head and commits on it, or not at all.
-func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions) (res RewindResult, err error) {
-	st, entries, err := r.snapshotChain(ctx)
+func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions, pinned *string) (res RewindResult, err error) {
+	st, entries, ret, err := r.viewChain(ctx)
 	if err != nil {
 		return res, err
 	}
@@ -114,11 +140,17 @@ func (r *Replica) rewindOnce(ctx context.Context, o *RewindOptions) (res RewindR
 	if done, err := r.alreadyAt(ctx, o, newest, &res); done || err != nil {
 		return res, err
 	}
+	if *pinned == "" {
+		if err := r.pinTarget(ctx, o, target.Seq, pinned); err != nil {
+			return res, err
+		}
+		return r.rewindOnce(ctx, o, pinned)
+	}
 	m, err := r.Manifest(ctx, target.Seq)
 	if err != nil {
 		return res, err
 	}
-	backs, err := r.planRewind(ctx, st, entries, target)
+	backs, err := r.planRewind(ctx, st, entries, ret, target)
 	if err != nil {
 		return res, err
 	}
@@ -176,14 +208,40 @@ type back struct {
 	d       DiskState  // as the rewind lists it
 	at      Seq        // where to read it; 0: the target had no such disk, which reads as zeros
 	changed extent.Set // where head and target may differ
+	all     bool       // that is the whole disk
 	segs    []Segment
 }
 
-// planRewind says what of each disk to set back: what any manifest above the target says anything about. Where that
-// is not known (the disk left the chain in between, or manifests are retired) it is the whole disk.
-func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, target Entry) ([]*back, error) {
+func (b *back) whole() {
+	b.all = true
+	b.changed.Add(wholeDisk(b.d))
+}
+
+// unsaid lists the ranges above the target whose own segments cannot be asked: those that the record retires, and released
+// runs. all is false when the entries lack more than that.
+func unsaid(entries []Entry, ret *Retention, target, head Seq) (holes []SeqRange, all bool) {
+	missing := head - target - Seq(len(entries))
+	if ret != nil {
+		for _, g := range ret.Retired {
+			if g.From > target && g.To <= head {
+				holes = append(holes, SeqRange{g.From, g.To})
+				missing -= g.To - g.From + 1
+			}
+		}
+		for _, g := range ret.Released {
+			if g.From > target {
+				holes = append(holes, g)
+			}
+		}
+	}
+	return holes, missing == 0
+}
+
+// planRewind says what of each disk to set back: what any manifest above the target says anything about. Where manifests
+// are retired, or their segments given up, extent maps say it. Where that is not known (the disk left the chain in between, or
+// there is no such map) it is the whole disk.
+func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, ret *Retention, target Entry) ([]*back, error) {
 	entries = slices.DeleteFunc(slices.Clone(entries), func(e Entry) bool { return e.Seq <= target.Seq })
-	gap := Seq(len(entries)) != st.Head-target.Seq
 	var backs []*back
 	for _, d := range sortedDisks(target.disks) {
 		now, ok := st.disks[d.ID]
@@ -191,27 +249,33 @@ func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, ta
 			return nil, fmt.Errorf("disk %s: generation %d at the point, %d now: %w", d.ID, d.Gen, now.Gen, ErrDiskReplaced)
 		}
 		b := &back{d: d, at: target.Seq}
-		if !ok || gap || now.First != d.First {
-			b.changed.Add(wholeDisk(d))
+		if !ok || now.First != d.First {
+			b.whole()
 		}
 		backs = append(backs, b)
 	}
 	for _, d := range st.Disks() {
 		if _, ok := target.disks[d.ID]; !ok {
-			b := &back{d: d}
-			if gap {
-				b.changed.Add(wholeDisk(d))
-			}
-			backs = append(backs, b)
+			backs = append(backs, &back{d: d})
 		}
 	}
 	slices.SortFunc(backs, func(a, b *back) int { return strings.Compare(a.d.ID, b.d.ID) })
-	if gap {
-		return backs, nil // every disk is set back whole
+	known := false
+	if holes, all := unsaid(entries, ret, target.Seq, st.Head); all {
+		var err error
+		if known, err = r.addMapped(ctx, holes, backs); err != nil {
+			return nil, err
+		}
+	}
+	if !known {
+		for _, b := range backs {
+			b.whole()
+		}
+		return backs, nil
 	}
 	var list []said
 	for _, e := range entries {
-		if e.Kind.IsFence() || r.bugs.RewindSkipsPartials && e.Kind == KindPartial || r.bugs.RewindSkipsRewinds && e.Kind == KindRewind {
+		if e.Kind.IsFence() || ret.released(e.Seq) || r.bugs.RewindSkipsPartials && e.Kind == KindPartial || r.bugs.RewindSkipsRewinds && e.Kind == KindRewind {
 			continue
 		}
 		m, err := r.Manifest(ctx, e.Seq)
@@ -219,8 +283,8 @@ func (r *Replica) planRewind(ctx context.Context, st *State, entries []Entry, ta
 			return nil, err
 		}
 		for _, b := range backs {
-			if b.changed.Len() > 0 {
-				continue // whole already: nothing else was added yet
+			if b.all {
+				continue
 			}
 			for _, n := range collect(nil, m, b.d) {
 				list = append(list, said{n, b})
