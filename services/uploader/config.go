@@ -45,8 +45,8 @@ type ShipConfig struct {
 	SegmentBytes int `koanf:"segment_bytes" help:"stored size at which a segment is closed"`
 	// Buffers is how many segments may be in memory at once, over all tasks.
 	Buffers int `koanf:"buffers" help:"segments in memory at once"`
-	// Compression of segments: "fast", "small" or "none".
-	Compression string `koanf:"compression" help:"fast, small or none"`
+	// Compression of segments: "auto" (by the measured rate of storage), "fast", "small" or "none".
+	Compression string `koanf:"compression" help:"auto, fast, small or none"`
 	// StreamResumes is how many broken streams in a row, without progress, are tried again.
 	StreamResumes int `koanf:"stream_resumes" help:"broken streams in a row that are tried again"`
 	// ResumeWait is the pause before the first resume; it doubles up to ResumeWaitMax.
@@ -85,7 +85,7 @@ func Default() Config {
 	return Config{
 		Roles: []Role{RoleShip, RoleApply},
 		Ship: ShipConfig{
-			Concurrency: 4, DiskStreams: 3, SegmentBytes: segment.DefaultTarget, Buffers: 3, Compression: "fast",
+			Concurrency: 4, DiskStreams: 3, SegmentBytes: segment.DefaultTarget, Buffers: 3, Compression: autoCompression,
 			StreamResumes: 5, ResumeWait: 200 * time.Millisecond, ResumeWaitMax: 5 * time.Second,
 			StreamIdle: time.Minute, HostTimeout: 15 * time.Second, RetryDelay: time.Second,
 		},
@@ -97,8 +97,6 @@ func Default() Config {
 		StorageTimeout:   2 * time.Minute,
 	}
 }
-
-var compressions = map[string]segment.Compression{"fast": segment.Fast, "small": segment.Small, "none": segment.None}
 
 // Validate reports every problem at once, with the key.
 func (c Config) Validate() error {
@@ -120,7 +118,7 @@ func (c Config) Validate() error {
 		"ship.segment_bytes", "%d, want 64 KiB to %d", c.Ship.SegmentBytes, segment.MaxTarget)
 	check(c.Ship.Buffers >= 1 && c.Ship.Buffers <= 64, "ship.buffers", "%d, want 1 to 64", c.Ship.Buffers)
 	_, ok := compressions[c.Ship.Compression]
-	check(ok, "ship.compression", "%q, want fast, small or none", c.Ship.Compression)
+	check(ok || c.Ship.Compression == autoCompression, "ship.compression", "%q, want auto, fast, small or none", c.Ship.Compression)
 	check(c.Ship.StreamResumes >= 0, "ship.stream_resumes", "%d, want 0 or more", c.Ship.StreamResumes)
 	positive("ship.resume_wait", int64(c.Ship.ResumeWait))
 	check(c.Ship.ResumeWaitMax >= c.Ship.ResumeWait, "ship.resume_wait_max", "%s, want at least ship.resume_wait", c.Ship.ResumeWaitMax)

@@ -71,6 +71,9 @@ func (s *Service) handleShip(ctx context.Context, task *bus.Task) (err error) {
 	if err != nil {
 		return bus.Permanent(err)
 	}
+	if err := s.suspectPoint(ctx, &t, done); err != nil {
+		return err // the task comes again, and finds the same in the chain
+	}
 	return s.publish(ctx, event)
 }
 
@@ -89,7 +92,7 @@ func shippedEvent(t *uploaderv1.ShipTask, done *shipped) (bus.Event, error) {
 		return event(t.GetVm(), "recovery-point.received", &eventsv1.RecoveryPointReceived{
 			Vm: t.GetVm(), Lineage: t.GetLineage(), Point: uint64(m.Point), Sequence: uint64(m.Seq), Kind: kind,
 			CutTime: timestamppb.New(m.CutTime), Consistency: consistency, StoredBytes: done.stored(),
-			ChangedBytes: done.changed, AlreadyCommitted: done.already,
+			ChangedBytes: done.changed, AlreadyCommitted: done.already, Signals: signalsProto(m.Signals),
 		}, t.GetLineage(), number(m.Point))
 	}
 	p := t.GetPass()

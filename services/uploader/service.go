@@ -76,10 +76,14 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
+	codec := newCodec(config.Ship.Compression, deps.Clock)
+	if err := observeCodec(deps.MeterProvider, codec); err != nil {
+		return nil, fmt.Errorf("build the uploader: %w", err)
+	}
 	known := newReplicas(deps.Store)
 	return &Service{
 		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]*active{},
-		shipper: &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, metrics: m, logger: deps.Logger},
+		shipper: &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, codec: codec, metrics: m, logger: deps.Logger},
 		applier: &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
 	}, nil
 }

@@ -40,16 +40,23 @@ type shipper struct {
 	replicas *replicas
 	hosts    Hosts
 	pool     *shipping.Pool
+	codec    *shipping.Codec
 	metrics  *metrics
 	logger   *slog.Logger
+	// damage, in tests, gets every run after it was received. Called by several streams at once.
+	damage func(shipping.Run)
 }
+
+// maxDamaged is how often a task is read again because data changed between the host's checksum and the segment. More is
+// broken memory, which another try here would not heal.
+const maxDamaged = 2
 
 // shipped is a task that is in the chain.
 type shipped struct {
 	manifest *replica.Manifest
 	// already: an earlier delivery, or another worker, committed it.
 	already bool
-	// changed is the length of all runs read, 0 when already.
+	// changed is the length of all runs read; of a point that was committed before, what its manifest says.
 	changed int64
 }
 
@@ -102,7 +109,11 @@ func (s *shipper) committed(ctx context.Context, r *replica.Replica, t *uploader
 		if err != nil {
 			return nil, fmt.Errorf("read the point's manifest: %w", err)
 		}
-		return &shipped{manifest: m, already: true}, nil
+		out := &shipped{manifest: m, already: true}
+		if m.Signals != nil {
+			out.changed = m.Signals.Changed
+		}
+		return out, nil
 	}
 	p := t.GetPass()
 	progress, ok := st.Pass(replica.Ordinal(p.GetOrdinal()))
@@ -147,8 +158,14 @@ func (s *shipper) transfer(ctx context.Context, r *replica.Replica, t *uploaderv
 	if err != nil {
 		return nil, err
 	}
-	for {
+	for damaged := 0; ; {
 		proposal, changed, err := s.pack(ctx, r, t, fresh)
+		if errors.Is(err, shipping.ErrDamaged) && damaged < maxDamaged && ctx.Err() == nil {
+			damaged++
+			s.metrics.resumed(ctx)
+			s.logger.WarnContext(ctx, "data was damaged on its way from the host, the task reads it again", "task", describe(t), "error", err)
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -259,14 +276,14 @@ func (s *shipper) pack(ctx context.Context, r *replica.Replica, t *uploaderv1.Sh
 		return p, 0, err
 	}
 	if len(disks) == 0 {
-		return p, 0, nil
+		return p, 0, nil // an empty task of a pass
 	}
 	client, err := s.tracker(ctx, t.GetHost())
 	if err != nil {
 		return p, 0, err
 	}
 	key := replica.SegmentKey{Kind: p.Kind, Ordinal: replica.Ordinal(header.Ordinal), Tx: replica.NewTx()}
-	changed := make([]int64, len(disks))
+	packed := make([]shipping.Packed, len(disks))
 	group, gctx := errgroup.WithContext(ctx)
 	group.SetLimit(s.config.Ship.DiskStreams)
 	for i := range disks {
@@ -274,17 +291,30 @@ func (s *shipper) pack(ctx context.Context, r *replica.Replica, t *uploaderv1.Sh
 		d := &p.Disks[i]
 		key.DiskID, header.DiskID, header.Gen, header.DiskSize = d.ID, d.ID, d.Gen, d.Size
 		group.Go(func() error {
-			packed, err := s.packDisk(gctx, r, t, client, key, header, skipZeros)
-			d.Segments, changed[i] = packed.Segments, packed.Changed
+			var err error
+			packed[i], err = s.packDisk(gctx, r, t, client, key, header, skipZeros)
+			d.Segments = packed[i].Segments
 			return err
 		})
 	}
 	err = group.Wait()
-	total := int64(0)
-	for _, n := range changed {
-		total += n
+	signals := signalsOf(packed)
+	if p.Kind.IsPoint() {
+		p.Signals = &signals
 	}
-	return p, total, err
+	return p, signals.Changed, err
+}
+
+// signalsOf says what the changes of all disks looked like.
+func signalsOf(packed []shipping.Packed) (s replica.Signals) {
+	for _, p := range packed {
+		s.Changed += p.Changed
+		s.Zero += p.Blank
+		s.Stored += p.Stored
+		s.Incompressible += p.Incompressible
+	}
+	s.Incompressible = min(s.Incompressible, s.Changed-s.Zero) // a block may hold some zeros
+	return s
 }
 
 // geometry is the disks as manifests name them: with the generation that the chain has.
@@ -315,13 +345,18 @@ func (s *shipper) packDisk(ctx context.Context, r *replica.Replica, t *uploaderv
 		},
 	}
 	packer := shipping.NewPacker(s.pool, shipping.PackOptions{
-		Key: key, Header: header, Compression: compressions[ship.Compression], SkipZeros: skipZeros,
+		Key: key, Header: header, Codec: s.codec, SkipZeros: skipZeros,
 		Put: func(_ context.Context, key replica.SegmentKey, body []byte, sha [32]byte) (replica.Segment, error) {
 			return s.putSegment(ctx, r, key, body, sha)
 		},
 	})
 	defer packer.Abort()
-	take := func(run shipping.Run) error { return packer.Add(ctx, run) }
+	take := func(run shipping.Run) error {
+		if s.damage != nil {
+			s.damage(run)
+		}
+		return packer.Add(ctx, run)
+	}
 	if point := t.GetPoint(); point != nil {
 		err = source.Changes(ctx, point.GetOrdinal(), take)
 	} else {
