@@ -357,9 +357,9 @@ func operations(ctx context.Context) map[string]operation {
 		},
 		"reads": {
 			prepare: func(c blobstore.Container, name string) error {
-				_, err := c.WritePages(ctx, "shared.vhd", 8<<20, page(3, 16), none)
+				_, err := c.WritePages(ctx, "shared.vhd", 4<<20, page(3, 16), none)
 				if errors.Is(err, blobstore.ErrNotFound) {
-					big := bytes.Repeat([]byte("0123456789"), 900_000) // three pieces
+					big := bytes.Repeat([]byte("0123456789"), 450_000) // two pieces
 					_, perr := c.Put(ctx, "shared", bytes.NewReader(big), int64(len(big)), none)
 					err = errors.Join(pages(c, "shared.vhd"), perr)
 				}
@@ -375,7 +375,7 @@ func operations(ctx context.Context) map[string]operation {
 				if err != nil {
 					return err
 				}
-				if !bytes.Equal(data, bytes.Repeat([]byte("0123456789"), 900_000)[5:]) {
+				if !bytes.Equal(data, bytes.Repeat([]byte("0123456789"), 450_000)[5:]) {
 					return errors.New("wrong bytes")
 				}
 				n := 0
@@ -396,7 +396,7 @@ func operations(ctx context.Context) map[string]operation {
 					}
 					n += int(r.Length)
 				}
-				buf := make([]byte, 9<<20)
+				buf := make([]byte, 5<<20)
 				if err := c.ReadPages(ctx, "shared.vhd", "", 0, buf); err != nil {
 					return err
 				}

@@ -1,4 +1,8 @@
-// Package backend opens the store that the settings name: a folder or an Azure storage account.
+// Package backend opens the blobstore that an address names.
+//
+//	/var/lib/landfall/store, dir:///var/lib/landfall/store    a folder
+//	https://ACCOUNT.blob.core.windows.net                     an Azure storage account
+//	http://127.0.0.1:PORT/ACCOUNT                             an emulator
 package backend
 
 import (
@@ -16,114 +20,139 @@ import (
 	"github.com/landfall-dr/landfall/libs/config"
 )
 
-// Settings say where lineages are stored: a folder, or an account.
+// Settings say where lineages are stored: a folder, or a storage account.
 type Settings struct {
-	// Dir is a folder of this machine or of a file server.
-	Dir string `koanf:"dir" help:"folder of the store; alternatively url"`
-	// URL is dir:///PATH, a plain path, or the address of an account's blob service. It may be empty where a connection string
-	// names the account.
-	URL string `koanf:"url" help:"where lineages are stored: https://ACCOUNT.blob.core.windows.net, or a folder"`
-	// Azure has the credentials and limits of an account.
+	Dir   string         `koanf:"dir" help:"folder of the store"`
+	URL   string         `koanf:"url" help:"https://ACCOUNT.blob.core.windows.net of the store, http://host:port/ACCOUNT of an emulator, or dir:///folder"`
 	Azure azure.Settings `koanf:"azure"`
 }
 
 // DefaultSettings name no store.
 func DefaultSettings() Settings { return Settings{Azure: azure.DefaultSettings()} }
 
-// IsSet reports whether they name a store.
+// Options of [Open].
+type Options struct {
+	// Dir are the folder's.
+	Dir dir.Options
+	// Azure are the account's.
+	Azure azure.Options
+}
+
+// Kinds of stores.
+const (
+	KindDir   = "dir"
+	KindAzure = "azure"
+)
+
+// Parse returns the settings that an address means, with the credentials and limits of from: for flags like --store.
+func Parse(address string, from Settings) (Settings, error) {
+	s := Settings{Azure: from.Azure}
+	if strings.Contains(address, "://") {
+		s.URL = address
+	} else {
+		s.Dir = address
+	}
+	if _, _, err := s.place(); err != nil {
+		return from, err
+	}
+	return s, nil
+}
+
+// IsSet tells whether a store is named.
 func (s Settings) IsSet() bool { return s.Dir != "" || s.URL != "" || s.Azure.ConnectionString.IsSet() }
 
-// Validate reports all problems that can be seen without opening the store. It does not ask its section azure.
+// Kind is what the settings name: [KindDir], [KindAzure], or "" when that is not clear.
+func (s Settings) Kind() string {
+	kind, _, err := s.place()
+	if err != nil {
+		return ""
+	}
+	return kind
+}
+
+// place returns the kind and the folder or the account's address.
+func (s Settings) place() (kind, where string, err error) {
+	switch {
+	case s.Dir != "" && s.URL != "":
+		return "", "", config.Bad("url", "both dir and url are given: one store only")
+	case s.Dir != "":
+		return KindDir, s.Dir, nil
+	case s.URL == "" && s.Azure.ConnectionString.IsSet():
+		return KindAzure, "", nil
+	case s.URL == "":
+		return "", "", config.Bad("url", "no store is named: set dir or url")
+	}
+	u, err := url.Parse(s.URL)
+	if err != nil {
+		return "", "", config.Bad("url", "is no address") // its text would repeat what may be a secret
+	}
+	switch u.Scheme {
+	case "http", "https":
+		return KindAzure, s.URL, nil
+	case "dir", "file":
+		if u.Host != "" || u.Path == "" || u.RawQuery != "" {
+			return "", "", config.Bad("url", "want dir:///folder, with three slashes")
+		}
+		return KindDir, folder(u.Path), nil
+	case "":
+		return KindDir, s.URL, nil
+	}
+	if len(u.Scheme) == 1 { // C:\folder
+		return KindDir, s.URL, nil
+	}
+	return "", "", config.Bad("url", "%s:// is no store: want https://, dir:// or a folder", u.Scheme)
+}
+
+// folder turns the path of a URL into one of this system: /C:/x is C:\x.
+func folder(path string) string {
+	if len(path) > 2 && path[0] == '/' && path[2] == ':' {
+		path = path[1:]
+	}
+	return filepath.FromSlash(path)
+}
+
+// Validate reports what the sections cannot see alone. No store at all is no problem here: a program that needs one says so
+// by [Settings.Require].
 func (s Settings) Validate() error {
 	if !s.IsSet() {
 		return nil
 	}
-	folder, account, err := s.place()
-	if err != nil || folder != "" {
+	kind, where, err := s.place()
+	if err != nil || kind != KindAzure {
 		return err
 	}
-	return s.Azure.ValidateURL(account)
+	return s.Azure.ValidateURL(where)
 }
 
-// String is where it is, without credentials.
-func (s Settings) String() string {
-	folder, account, err := s.place()
-	switch {
-	case err != nil:
-		return "an invalid store"
-	case folder != "":
-		return folder
-	case account != "":
-		return account
-	case s.IsSet():
-		return "the account of the connection string"
-	}
-	return "no store"
-}
-
-// place is the folder or the account's address; both are empty where a connection string names the account.
-func (s Settings) place() (folder, account string, err error) {
-	if s.Dir != "" && (s.URL != "" || s.Azure.ConnectionString.IsSet()) {
-		return "", "", config.Bad("dir", "a folder and an account are both given: leave one out")
-	}
-	if s.Dir != "" {
-		return s.Dir, "", nil
-	}
-	scheme, rest, found := strings.Cut(s.URL, ":")
-	switch {
-	case s.URL == "":
-		return "", "", nil
-	case !found, len(scheme) == 1, filepath.IsAbs(s.URL): // a path, on Windows with its drive
-		return s.URL, "", nil
-	case scheme == "http", scheme == "https":
-		return "", s.URL, nil
-	case scheme == "dir":
-		u, err := url.Parse(s.URL)
-		if err != nil || u.Host != "" || u.Path == "" && u.Opaque == "" {
-			return "", "", config.Bad("url", "%q: a folder is dir:///PATH", s.URL)
-		}
-		return filepath.FromSlash(u.Path + u.Opaque), "", nil
-	}
-	return "", "", config.Bad("url", "%q: %s is not one of https, http, dir", rest, scheme)
-}
-
-// Options of Open.
-type Options struct {
-	// Clock is storage time of a folder, and what an account's is compared with; nil is time.Now.
-	Clock func() time.Time
-	// Azure tunes the backend of an account.
-	Azure azure.Options
-}
-
-// ErrNone: the settings name no store.
-var ErrNone = fmt.Errorf("no store is named: set store.dir or store.url: %w", blobstore.ErrInvalid)
-
-// Open opens the store. Errors of the settings are those of package config; a folder that does not exist is made. An account is not
-// asked anything yet.
-func Open(_ context.Context, s Settings, o Options) (blobstore.Store, error) {
-	if err := errors.Join(s.Validate()); err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
-	}
+// Require is Validate for a program that cannot do without a store.
+func (s Settings) Require() error {
 	if !s.IsSet() {
-		return nil, ErrNone
+		return config.Bad("url", "no store is named: set dir or url")
 	}
-	folder, account, err := s.place()
+	return s.Validate()
+}
+
+// checkTime bounds the first question to an account.
+const checkTime = 30 * time.Second
+
+// Open opens the store and asks it for its time, so that an address that is wrong or not to be reached says so now. Whether
+// the credentials are good for anything is not asked: that differs by role. The caller closes it.
+func Open(ctx context.Context, s Settings, o Options) (blobstore.Store, error) {
+	kind, where, err := s.place()
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if folder != "" {
-		store, err := dir.Open(folder, dir.Options{Clock: o.Clock})
-		if err != nil {
-			return nil, fmt.Errorf("open store: %w", err)
-		}
-		return store, nil
+	if kind == KindDir {
+		return dir.Open(where, o.Dir)
 	}
-	if o.Azure.Clock == nil {
-		o.Azure.Clock = o.Clock
-	}
-	store, err := azure.Open(account, s.Azure, o.Azure)
+	st, err := azure.Open(where, s.Azure, o.Azure)
 	if err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
+		return nil, err
 	}
-	return store, nil
+	ctx, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	if _, err := st.Now(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("reach storage account %s: %w", st.Account(), err), st.Close())
+	}
+	return st, nil
 }
