@@ -153,31 +153,3 @@ func (r *Replica) Manifest(ctx context.Context, seq Seq) (*Manifest, error) {
 	defer r.unlock()
 	return r.manifest(ctx, seq)
 }
-
-// Points refreshes and lists the recovery points above the floor, oldest first. Points above which a rewind
-// stands are listed too: they can be materialised, and rewound to.
-func (r *Replica) Points(ctx context.Context) ([]Point, error) {
-	if err := r.lock(ctx); err != nil {
-		return nil, err
-	}
-	defer r.unlock()
-	if err := r.refresh(ctx); err != nil {
-		return nil, err
-	}
-	processed, err := r.processed(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list points: %w", err)
-	}
-	if _, err := r.checkpoints(ctx); err != nil {
-		return nil, fmt.Errorf("list points: %w", err)
-	}
-	var out []Point
-	for _, e := range r.chain.entries {
-		if !e.Kind.IsPoint() {
-			continue
-		}
-		out = append(out, Point{Ordinal: e.Ordinal, Seq: e.Seq, Kind: e.Kind, CutTime: e.CutTime, Consistency: e.Consistency,
-			Bytes: e.Bytes, Signals: e.Signals, Processed: e.Seq <= processed, Checkpointed: r.ckpts[e.Seq] != nil && !r.ckpts[e.Seq].Void})
-	}
-	return out, nil
-}
