@@ -159,7 +159,11 @@ func (s *Service) findPoint(ctx context.Context, chain *replica.Replica, rec *sc
 			return p, nil
 		}
 	}
-	if len(points) > 0 && ordinal < uint64(points[0].Ordinal) {
+	state, err := chain.Refresh(ctx)
+	if err != nil {
+		return replica.Point{}, storageError(err, "read the points of %s", rec.GetName())
+	}
+	if state.Floor > 0 && len(points) > 0 && ordinal < uint64(points[0].Ordinal) {
 		return replica.Point{}, reasonError(typesv1.ErrorReason_ERROR_REASON_RETIRED, rec.GetName(),
 			"point %d of %s is not kept any more; the oldest one is %d", ordinal, rec.GetName(), points[0].Ordinal)
 	}
