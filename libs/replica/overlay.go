@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -86,7 +87,7 @@ func (o *overlay) add(ctx context.Context, r *Replica, d DiskState, list []named
 		}
 		for i, sd := range opened {
 			if err := sd.matches(r.lineage, group[i].m, d); err != nil {
-				return fmt.Errorf("manifest %d: segment %s: %w", group[i].m.Seq, sd.name, err)
+				return fmt.Errorf("manifest %d: %w", group[i].m.Seq, sd.broken(err))
 			}
 			o.lay(sd)
 		}
@@ -128,16 +129,16 @@ func (r *Replica) openSegment(ctx context.Context, s Segment, keep int64) (*segD
 	if s.Bytes <= wholeSegment {
 		var err error
 		if body, err = readAll(ctx, sd.c, sd.name, wholeSegment); err != nil {
-			return nil, fmt.Errorf("read segment %s: %w", s.Name, err)
+			return nil, sd.broken(err)
 		}
 		if sha := sha256.Sum256(body); int64(len(body)) != s.Bytes || hex.EncodeToString(sha[:]) != s.SHA256 {
-			return nil, fmt.Errorf("segment %s: size or hash differ from the manifest: %w", s.Name, ErrCorrupt)
+			return nil, sd.broken(fmt.Errorf("%d bytes, where its manifest says %d and the SHA-256 %s: %w", len(body), s.Bytes, s.SHA256, segment.ErrCorrupt))
 		}
 		src = memReader(body)
 	}
 	ix, err := segment.ReadIndex(src, s.Bytes)
 	if err != nil {
-		return nil, fmt.Errorf("segment %s: %w", s.Name, err)
+		return nil, sd.broken(err)
 	}
 	sd.ix = ix
 	if int64(len(body)) <= keep {
@@ -151,9 +152,24 @@ func (r *Replica) openIndex(ctx context.Context, s Segment) (*segData, error) {
 	sd := &segData{c: r.container(s.Container), name: s.Name}
 	var err error
 	if sd.ix, err = segment.ReadIndex(blobReader{ctx, sd.c, sd.name}, s.Bytes); err != nil {
-		return nil, fmt.Errorf("segment %s: %w", s.Name, err)
+		return nil, sd.broken(err)
 	}
 	return sd, nil
+}
+
+// broken names the object of an error met when a segment was read. Damage and absence are segment.ErrCorrupt and
+// ErrCorrupt; everything else, a store that does not answer for one, stays what it is.
+func (sd *segData) broken(err error) error {
+	at := sd.c.Name() + "/" + sd.name
+	switch {
+	case errors.Is(err, blobstore.ErrNotFound) && !errors.Is(err, blobstore.ErrNoContainer):
+		return fmt.Errorf("segment %s is not in storage, but a manifest names it: %w: %w: %w", at, ErrCorrupt, segment.ErrCorrupt, err)
+	case errors.Is(err, blobstore.ErrInvalid): // an offset past its end
+		return fmt.Errorf("segment %s is shorter than its manifest says: %w: %w: %w", at, ErrCorrupt, segment.ErrCorrupt, err)
+	case errors.Is(err, segment.ErrCorrupt), errors.Is(err, ErrCorrupt):
+		return fmt.Errorf("segment %s: %w: %w: %w", at, ErrCorrupt, segment.ErrCorrupt, err)
+	}
+	return fmt.Errorf("segment %s: %w", at, err)
 }
 
 // matches refuses a segment that is not what its manifest says.
@@ -250,7 +266,7 @@ func (f *fetcher) read(ctx context.Context, seg int32, pos int64, p []byte) erro
 		k := int(pos / segment.FrameSize)
 		if k != w.frame {
 			if err := w.load(ctx, sd, k, pos, int64(len(p))); err != nil {
-				return fmt.Errorf("segment %s: %w", sd.name, err)
+				return sd.broken(err)
 			}
 		}
 		n := copy(p, w.raw[pos%segment.FrameSize:])
