@@ -37,6 +37,7 @@ const (
 	BucketJobs      = "jobs"      // the service that runs the job
 	BucketFailovers = "failovers" // failover-orchestrator
 	BucketLeases    = "leases"    // whoever holds it; see Lease
+	BucketBacklogs  = "backlogs"  // uploader: alarms about what waits to be applied
 	BucketFlows     = "flows"     // each uploader and resync-engine its own: what it wants to send
 )
 
@@ -44,7 +45,7 @@ const (
 func Buckets() []string {
 	return []string{
 		BucketSites, BucketHosts, BucketVMs, BucketCycles, BucketPolicies, BucketPlans, BucketJobs, BucketFailovers, BucketLeases,
-		BucketFlows,
+		BucketFlows, BucketBacklogs,
 	}
 }
 

@@ -279,10 +279,16 @@ func (a *Applier) take(ctx context.Context, ds DiskState, head Seq) (*appliedDis
 	if err != nil {
 		return nil, err
 	}
+	var early *blobstore.Properties // only with the bug
+	if a.r.bugs.NumberBeforeLease {
+		if p, err := c.Stat(ctx, name, ""); err == nil {
+			early = &p
+		}
+	}
 	if !a.r.bugs.NoLeaseNoNumber {
 		id := blobstore.LeaseID(uuid.NewString())
 		err := c.AcquireLease(ctx, name, id, a.o.Lease)
-		if errors.Is(err, blobstore.ErrNotFound) {
+		if errors.Is(err, blobstore.ErrNotFound) && !errors.Is(err, blobstore.ErrNoContainer) {
 			if err = ev.neverThere(ds); err != nil {
 				return nil, err
 			}
@@ -312,6 +318,9 @@ func (a *Applier) take(ctx context.Context, ds DiskState, head Seq) (*appliedDis
 	}
 	if err := a.r.untouched(ds, p, ev); err != nil {
 		return nil, err
+	}
+	if early != nil {
+		p.Sequence = early.Sequence
 	}
 	d.number = p.Sequence
 	d.a, d.t = splitNumber(p.Sequence)

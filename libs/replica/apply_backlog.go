@@ -23,6 +23,8 @@ type Backlog struct {
 	Oldest time.Time
 	// DiskBytes is the size of all disks at the head.
 	DiskBytes int64
+	// Based: the chain has a base. Before that there is no point to fail over to, and what waits is the initial copy.
+	Based bool
 	// Due: manifests that wait for nobody, because a pass, a rewind or a fence is among them.
 	Due bool
 }
@@ -65,7 +67,7 @@ func (r *Replica) BacklogAbove(ctx context.Context, applied Seq) (Backlog, error
 }
 
 func (r *Replica) backlogAbove(applied Seq) Backlog {
-	b := Backlog{Applied: applied, Head: r.chain.state.Head}
+	b := Backlog{Applied: applied, Head: r.chain.state.Head, Based: r.chain.state.Base != 0}
 	for _, d := range r.chain.state.Disks() {
 		b.DiskBytes += d.Size
 	}

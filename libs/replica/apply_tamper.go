@@ -128,7 +128,7 @@ func (r *Replica) newestCheckpoint(ctx context.Context, ds DiskState) (Seq, erro
 // refused says what a refusal of a call under our lease means: somebody took the lease, which is ErrLeaseLost, or somebody
 // changed or deleted the blob although we hold it, which is ErrTampered.
 func (a *Applier) refused(ctx context.Context, d *appliedDisk, what string, err error) error {
-	if errors.Is(err, blobstore.ErrNotFound) {
+	if errors.Is(err, blobstore.ErrNotFound) && !errors.Is(err, blobstore.ErrNoContainer) {
 		return fmt.Errorf("%s of disk %s: %w: %w", what, d.d.ID, ErrTampered, err)
 	}
 	if d.lease != "" && errors.Is(err, blobstore.ErrConditionFailed) && !errors.Is(err, blobstore.ErrLeaseConflict) &&

@@ -30,6 +30,7 @@ var reasons = []struct {
 	// keeps in the journal is no error.
 	{blobstore.ErrWriteOnce, typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION},
 
+	{replica.ErrTampered, typesv1.ErrorReason_ERROR_REASON_REPLICA_TAMPERED},
 	{replica.ErrStaleEpoch, typesv1.ErrorReason_ERROR_REASON_STALE_EPOCH},
 	{replica.ErrClosed, typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED},
 	{replica.ErrNotFenced, typesv1.ErrorReason_ERROR_REASON_LINEAGE_CLOSED},
