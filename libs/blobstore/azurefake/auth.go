@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// maxSkew is how far a request's date may be off.
-const maxSkew = 15 * time.Minute
+// standardSkew is how far a request's date may be off.
+const standardSkew = 15 * time.Minute
 
 // authorize finds out who calls and whether that may be.
 func (s *Server) authorize(q *request) *refusal {
@@ -35,7 +35,7 @@ func (s *Server) authorize(q *request) *refusal {
 	return &e
 }
 
-// skewed refuses a date that is more than 15 minutes off.
+// skewed refuses a date that is too far off.
 func (s *Server) skewed(q *request, must bool) *refusal {
 	v := q.Header.Get("x-ms-date")
 	if v == "" {
@@ -48,7 +48,7 @@ func (s *Server) skewed(q *request, must bool) *refusal {
 	if err != nil {
 		return authFailed("The request has no date that can be read.")
 	}
-	if d := s.now().Sub(t); d > maxSkew || d < -maxSkew {
+	if d := s.now().Sub(t); s.opts.MaxSkew > 0 && (d > s.opts.MaxSkew || d < -s.opts.MaxSkew) {
 		return authFailed(fmt.Sprintf("The request's date is too far off: '%s', the server's is '%s'.", v, httpTime(s.now())))
 	}
 	return nil
@@ -70,7 +70,7 @@ func (s *Server) sharedKey(q *request, value string) *refusal {
 			return nil
 		}
 	}
-	return authFailed("The signature in the Authorization header is not the right one.")
+	return authFailed("The MAC signature in the HTTP request is not the same as any computed signature. Server used following string to sign: '" + s.stringToSign(q, weight) + "'.")
 }
 
 func sign(key []byte, text string) string {

@@ -15,6 +15,10 @@ type Options struct {
 	// compared with. Rate limits and delays always run by the machine's clock.
 	Now func() time.Time
 
+	// MaxSkew is how far a request's date may be off storage time; 0 is the service's 15 minutes, below 0 is any (for tests that
+	// move storage time and not the client's).
+	MaxSkew time.Duration
+
 	// Principals are the bearer tokens that are accepted, and what each may do. See also [Server.SetGrants].
 	Principals map[string]Grants
 	// NoSharedKey refuses shared keys and SAS signed with them, as allowSharedKeyAccess=false does (403

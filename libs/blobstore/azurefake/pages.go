@@ -69,8 +69,8 @@ func (p *pages) own(i int64, set bool) (c *chunk, grown int64) {
 	return c, grown
 }
 
-// write puts data, or clears length bytes when data is nil. The range is aligned and inside. It returns how many bytes of
-// memory that took.
+// write puts data, or clears length bytes when set is false. The range is aligned and inside; data is nil when bytes are
+// discarded. It returns how many bytes of memory that took.
 func (p *pages) write(off, length int64, data []byte, set bool) (grown int64) {
 	if !set && length > chunkSize {
 		return p.clearWide(off, length)
@@ -106,7 +106,7 @@ func (p *pages) write(off, length int64, data []byte, set bool) (grown int64) {
 				}
 			}
 		}
-		if set {
+		if data != nil && set {
 			data = data[n:]
 		}
 		off, length = off+n, length-n

@@ -69,6 +69,9 @@ func New(o Options) *Server {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.MaxSkew == 0 {
+		o.MaxSkew = standardSkew
+	}
 	if o.LimitBurst == 0 {
 		o.LimitBurst = 250 * time.Millisecond
 	}
