@@ -406,6 +406,11 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 		Cause:  "The settings of the store cannot work: wrong URL, missing credential, or a combination that does not exist.",
 		Action: "Correct the keys named in the message, then run `landfall storage validate`.",
 	},
+	typesv1.ErrorReason_ERROR_REASON_STORAGE_NOT_READY: {
+		Code:   codes.FailedPrecondition,
+		Cause:  "The identity lacks a right, the account is set up in a way that cannot work, or the store does not keep a promise.",
+		Action: "Do what stands under \"To change\", then run `landfall storage validate` again.",
+	},
 	typesv1.ErrorReason_ERROR_REASON_REPLICA_TAMPERED: {
 		Code:   codes.DataLoss,
 		Cause:  "Something other than Landfall wrote to a replica disk, replaced it, or changed its number.",

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/landfall-dr/landfall/libs/blobstore/dir"
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/config"
 	"github.com/landfall-dr/landfall/libs/failpoint"
@@ -105,10 +105,10 @@ func serve(ctx context.Context, name string, s *Settings, tel *telemetry.Telemet
 		Name: name, Site: s.Site, Holder: holder(name), Version: Version, Clock: time.Now, Logger: log, Tracer: tel.TracerProvider,
 		Meter: tel.MeterProvider, Bus: b, Dialer: dialer, Peers: s.Peers, Hosts: rpc.NewHosts(dialer, resolve, time.Now),
 	}
-	if s.Store.Dir != "" {
-		store, err := dir.Open(s.Store.Dir, dir.Options{})
+	if s.Store.IsSet() {
+		store, err := backend.Open(start, s.Store, backend.Options{Later: true})
 		if err != nil {
-			return fmt.Errorf("open store: %w", err)
+			return err
 		}
 		defer store.Close()
 		e.Store = store

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/config"
 )
 
@@ -14,7 +15,7 @@ type Settings struct {
 	Certificates string            `koanf:"certificates" help:"folder with cert.pem, key.pem and ca.pem"`
 	Admin        string            `koanf:"admin" help:"plaintext address of health, metrics and profiles; empty serves none"`
 	Bus          BusSettings       `koanf:"bus"`
-	Store        StoreSettings     `koanf:"store"`
+	Store        backend.Settings  `koanf:"store"`
 	Peers        map[string]string `koanf:"peers" help:"addresses of services that do not run on hosts, by name"`
 	Log          LogSettings       `koanf:"log"`
 	Trace        TraceSettings     `koanf:"trace"`
@@ -33,11 +34,6 @@ type BusSettings struct {
 	AckWait time.Duration `koanf:"ack_wait" help:"how long a work queue waits for a worker's sign of life; 0 takes the default"`
 }
 
-// StoreSettings say where lineages are stored.
-type StoreSettings struct {
-	Dir string `koanf:"dir" help:"folder of the store"`
-}
-
 // LogSettings say how logs look.
 type LogSettings struct {
 	Format string `koanf:"format" help:"text or json"`
@@ -53,7 +49,7 @@ type TraceSettings struct {
 // DefaultSettings are sensible for a fleet on one machine; the rest has no default.
 func DefaultSettings() Settings {
 	return Settings{
-		Site: "local", Listen: "127.0.0.1:0", Peers: map[string]string{}, DrainDelay: 3 * time.Second,
+		Site: "local", Listen: "127.0.0.1:0", Peers: map[string]string{}, DrainDelay: 3 * time.Second, Store: backend.DefaultSettings(),
 		Log: LogSettings{Format: "json", Level: "info"}, Trace: TraceSettings{Exporter: "none"},
 	}
 }

@@ -68,6 +68,8 @@ func (t *trial) name(prefix string) string {
 
 // permissions tries each right at each place: what the role needs must work, and what it does not need should not.
 func (t *trial) permissions(ctx context.Context) {
+	var good, bad int
+	var beyond []string
 	for _, p := range places {
 		c, name := t.store.Container(p.container), t.name(p.prefix)
 		attempt := func(action blobstore.Action, do func() error) {
@@ -78,16 +80,15 @@ func (t *trial) permissions(ctx context.Context) {
 				err = nil // who may not is not told what exists
 			}
 			switch {
-			case errors.Is(err, blobstore.ErrWriteOnce):
-				t.report.add(what, OK, "", "the write-once policy forbids it, whoever asks")
+			case errors.Is(err, blobstore.ErrWriteOnce): // forbidden, whoever asks
+				good++
 			case needed && err != nil:
+				bad++
 				t.report.add(what, Fail, fmt.Sprintf("Give role %s the right to %s in %s%s.", t.o.Role, action, p.container[:min(4, len(p.container))], condition(p.prefix)), "%v", err)
-			case needed:
-				t.report.add(what, OK, "", "allowed, as it must be")
+			case needed, errors.Is(err, blobstore.ErrPermission):
+				good++
 			case err == nil:
-				t.report.add(what, Warn, fmt.Sprintf("Take the right to %s away from role %s: it never does that.", action, t.o.Role), "allowed, and not needed")
-			case errors.Is(err, blobstore.ErrPermission):
-				t.report.add(what, OK, "", "refused, as it should be")
+				beyond = append(beyond, what)
 			default:
 				t.report.add(what, Warn, "", "%v", err)
 			}
@@ -115,6 +116,13 @@ func (t *trial) permissions(ctx context.Context) {
 			}
 			return err
 		})
+	}
+	if bad == 0 {
+		t.report.add("rights", OK, "", "what role %s needs is allowed (%d tries)", t.o.Role, good)
+	}
+	if len(beyond) > 0 {
+		t.report.add("rights beyond the role", Warn, fmt.Sprintf("Give role %s an identity of its own without these rights: it never needs them, and who steals it has them.", t.o.Role),
+			"%s", strings.Join(beyond, ", "))
 	}
 }
 

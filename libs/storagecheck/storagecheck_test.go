@@ -77,7 +77,7 @@ func TestTooManyRightsAreNamed(t *testing.T) {
 	require.NoError(t, err)
 	require.False(t, r.Failed())
 	require.NotEmpty(t, only(r, Warn))
-	require.Contains(t, only(r, Warn)[0].Change, "Take the right to")
+	require.Contains(t, only(r, Warn)[0].Change, "an identity of its own")
 	require.Empty(t, r.Left)
 }
 

@@ -19,6 +19,9 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
 
+	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/blobstore/azure"
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/blobstore/dir"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/lifecycle"
@@ -31,6 +34,8 @@ import (
 type Options struct {
 	// State is the folder of everything that is kept: certificates, event server, store, host state.
 	State string
+	// Store is where lineages are kept; by default a folder in State.
+	Store backend.Settings
 	// Images is the folder of machine folders (driver imagedir); empty with driver qemu.
 	Images string
 	// QEMU is for driver qemu; it is used when Images is empty.
@@ -101,7 +106,7 @@ type parts struct {
 	server   *rpc.Server
 	events   *bus.Server
 	bus      *bus.Bus
-	store    *dir.Store
+	store    blobstore.Store
 	services map[string]program.Service
 	dialers  []*rpc.Dialer
 	listener net.Listener
@@ -143,8 +148,11 @@ func (p *parts) open(ctx context.Context) error {
 	if err := p.bus.Declare(ctx, bus.Declaration{}); err != nil {
 		return fmt.Errorf("declare streams: %w", err)
 	}
-	if p.store, err = dir.Open(filepath.Join(o.State, storeFolder), dir.Options{Clock: o.Clock}); err != nil {
-		return fmt.Errorf("open store: %w", err)
+	if !o.Store.IsSet() {
+		o.Store.Dir = filepath.Join(o.State, storeFolder)
+	}
+	if p.store, err = backend.Open(ctx, o.Store, backend.Options{Dir: dir.Options{Clock: o.Clock}, Azure: azure.Options{Clock: o.Clock}, Later: true}); err != nil {
+		return err
 	}
 	p.closers = append(p.closers, func(context.Context) error { return p.store.Close() })
 	if p.server, err = rpc.NewServer(rpc.ServerOptions{Name: "landfall", Identity: p.identity, Logger: p.log, TracerProvider: o.Tracer, MeterProvider: o.Meter, StopTimeout: 5 * time.Second}); err != nil {

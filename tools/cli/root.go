@@ -104,8 +104,8 @@ Then:        landfall vms                  (what can be protected)
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		a.upCommand(), a.hostsCommand(), a.vmsCommand(), a.protectCommand(), a.unprotectCommand(), a.statusCommand(),
-		a.pointsCommand(), a.pauseCommand(), a.resumeCommand(), a.resyncCommand(), a.failoverCommand(), a.policyCommand(),
-		a.jobsCommand(), a.eventsCommand(), a.hrlCommand(), a.diskCommand(), a.certificatesCommand(), a.versionCommand(),
+		a.pointsCommand(), a.pauseCommand(), a.resumeCommand(), a.resyncCommand(), a.failoverCommand(), a.recoverCommand(), a.policyCommand(), a.planCommand(),
+		a.jobsCommand(), a.eventsCommand(), a.hrlCommand(), a.diskCommand(), a.storageCommand(), a.certificatesCommand(), a.versionCommand(),
 	)
 	wrapArgs(root)
 	return root

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/program"
@@ -39,6 +40,7 @@ const ackWait = 5 * time.Second
 func (a *app) upCommand() *cobra.Command {
 	o := allinone.Options{AckWait: ackWait}
 	var format, trace, endpoint string
+	var settings func() (backend.Settings, error)
 	c := &cobra.Command{
 		Use: "up {--images DIR | --qemu DIR}", Short: "Run the whole product in this process until interrupted", Args: cobra.NoArgs,
 		Long: `Run the six services, an embedded event server and a store in one folder, in one
@@ -46,6 +48,9 @@ process. Certificates are made in the state folder, where the other commands fin
 
 With --images, DIR has one folder per machine, with vm.yaml and its disk images. Guests
 reach the disks by NBD; ` + "`landfall vms show VM`" + ` prints where.
+
+Lineages are kept in a folder of the state folder, or in the storage account that --store and
+--config name (section store: its url and credentials).
 
 With --qemu, DIR has the monitor socket of each QEMU machine, NAME.qmp, or a NAME.yaml
 that says where it is; NAME.qga is its guest agent. A monitor serves one client: start
@@ -57,6 +62,10 @@ QEMU with one for Landfall alone, and with names for its disks' nodes.`,
 				return err
 			}
 			if err := wellNamed(o); err != nil {
+				return err
+			}
+			var err error
+			if o.Store, err = settings(); err != nil {
 				return err
 			}
 			if err := failpoint.Arm(os.Getenv("LANDFALL_FAILPOINTS")); err != nil {
@@ -96,6 +105,7 @@ QEMU with one for Landfall alone, and with names for its disks' nodes.`,
 			return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_UNAVAILABLE, err, "landfall up")
 		},
 	}
+	settings = storeFlags(c, "store", "where lineages are stored: https://ACCOUNT.blob.core.windows.net, or a folder (default: in the state folder)")
 	f := c.Flags()
 	f.StringVar(&o.Images, "images", "", "folder of machine folders")
 	f.StringVar(&o.QEMU.Machines, "qemu", "", "folder of the QEMU machines' monitor sockets and definitions")

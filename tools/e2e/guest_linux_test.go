@@ -288,13 +288,14 @@ type scenario struct {
 
 // scenarios are the short set, or all.
 func scenarios() []scenario {
-	up, fleet := forms[0], forms[1]
+	up, fleet := formOf("up", onDir), formOf("fleet", onDir)
+	upAzurite, fleetAzurite := formOf("up", onAzurite), formOf("fleet", onAzurite)
 	if os.Getenv(wholeEnv) == "" {
 		return []scenario{{guestvm.BIOS, image.VHDX, up}}
 	}
 	return []scenario{
-		{guestvm.BIOS, image.VHDX, up}, {guestvm.UEFI, image.QCOW2, up}, {guestvm.Gen1, image.VHDX, up},
-		{guestvm.UEFI, image.VHDX, fleet}, {guestvm.BIOS, image.QCOW2, fleet}, {guestvm.Gen1, image.QCOW2, fleet},
+		{guestvm.BIOS, image.VHDX, up}, {guestvm.UEFI, image.QCOW2, up}, {guestvm.Gen1, image.VHDX, upAzurite},
+		{guestvm.UEFI, image.VHDX, fleetAzurite}, {guestvm.BIOS, image.QCOW2, fleet}, {guestvm.Gen1, image.QCOW2, fleetAzurite},
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/landfall-dr/landfall/libs/blobstore/dir"
+	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/vdisk"
 	"github.com/landfall-dr/landfall/tools/nbdclient"
@@ -35,7 +35,7 @@ type machine struct {
 	stop    context.CancelFunc
 	written chan error
 
-	store    *dir.Store
+	store    blobstore.Store
 	chain    *replica.Replica
 	seen     []replica.Point // in the order of the chain
 	verified map[replica.Ordinal]uint64
@@ -88,7 +88,7 @@ func (m *machine) healthy() error {
 
 // open finds the machine's only lineage in the store.
 func (m *machine) open(ctx context.Context) error {
-	store, err := dir.Open(m.p.store, dir.Options{})
+	store, err := m.p.openStore(ctx)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/rpc"
 	"github.com/landfall-dr/landfall/libs/rpc/pki"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
@@ -31,10 +32,13 @@ const keepEnv = "LANDFALL_E2E_KEEP"
 // product is one installation of Landfall, in either form.
 type product struct {
 	t testing.TB
-	// dir holds everything; state has client.yaml, store the lineages, images the machines.
-	dir, state, store, images string
-	programs                  map[string]*process
-	order                     []string // of starting
+	// dir holds everything; state has client.yaml, images the machines.
+	dir, state, images string
+	// storage is where the lineages are, storeConfig the same as programs read it.
+	storage     backend.Settings
+	storeConfig map[string]any
+	programs    map[string]*process
+	order       []string // of starting
 
 	dialer *rpc.Dialer
 	api    schedulerv1.ProtectionServiceClient
@@ -50,8 +54,19 @@ type form struct {
 }
 
 var forms = []form{
-	{"up", newUp, func(t testing.TB) *product { return newUpOf(t, "--qemu") }},
-	{"fleet", func(t testing.TB) *product { return newFleet(t, true) }, func(t testing.TB) *product { return newFleetOf(t, false, driverQEMU) }},
+	formOf("up", onDir), formOf("fleet", onDir), formOf("up", onAzurite), formOf("fleet", onAzurite),
+}
+
+func formOf(kind string, on storage) form {
+	f := form{name: kind + "-" + string(on)}
+	if kind == "up" {
+		f.make = func(t testing.TB) *product { return newUpOf(t, on, "--images") }
+		f.qemu = func(t testing.TB) *product { return newUpOf(t, on, "--qemu") }
+		return f
+	}
+	f.make = func(t testing.TB) *product { return newFleet(t, on, true) }
+	f.qemu = func(t testing.TB) *product { return newFleetOf(t, on, false, driverQEMU) }
+	return f
 }
 
 // Drivers of host-provider.
@@ -60,12 +75,12 @@ const (
 	driverQEMU     = "qemu"
 )
 
-func newProduct(t testing.TB) *product {
+func newProduct(t testing.TB, on storage) *product {
 	dir, err := os.MkdirTemp("", "landfall-e2e-")
 	require.NoError(t, err)
 	p := &product{t: t, dir: dir, state: filepath.Join(dir, "state"), images: filepath.Join(dir, "images"), programs: map[string]*process{}}
-	p.store = filepath.Join(p.state, "store")
 	require.NoError(t, os.MkdirAll(p.state, 0o700))
+	p.useStorage(on)
 	t.Cleanup(func() {
 		if p.dialer != nil {
 			_ = p.dialer.Close()
@@ -93,23 +108,25 @@ func (p *product) add(name, path, armEnv string, args ...string) *process {
 }
 
 // newUp is `landfall up`.
-func newUp(t testing.TB) *product { return newUpOf(t, "--images") }
+func newUp(t testing.TB, on storage) *product { return newUpOf(t, on, "--images") }
 
 // newUpOf names the machines by a flag, --images or --qemu.
-func newUpOf(t testing.TB, flag string) *product {
-	p := newProduct(t)
+func newUpOf(t testing.TB, on storage, flag string) *product {
+	p := newProduct(t, on)
 	p.add(landfall, program(t, landfall), "LANDFALL_FAILPOINTS", "up", "--state", p.state, flag, p.images,
-		"--listen", freeAddr(t), "--nbd-listen", freeAddr(t))
+		"--listen", freeAddr(t), "--nbd-listen", freeAddr(t), "--config", p.storeFile())
 	return p
 }
 
 // newFleet is a nats-server and the six programs, each with its own certificate and configuration. Twins adds a second
 // uploader and a standby scheduler.
-func newFleet(t testing.TB, twins bool) *product { return newFleetOf(t, twins, driverImagedir) }
+func newFleet(t testing.TB, on storage, twins bool) *product {
+	return newFleetOf(t, on, twins, driverImagedir)
+}
 
 // newFleetOf has hosts of a driver, and more programs, as orchestrator2.
-func newFleetOf(t testing.TB, twins bool, driver string, more ...string) *product {
-	p := newProduct(t)
+func newFleetOf(t testing.TB, on storage, twins bool, driver string, more ...string) *product {
+	p := newProduct(t, on)
 	authority, err := pki.Open(filepath.Join(p.dir, "pki"), time.Now)
 	require.NoError(t, err)
 	certify := func(name string, id pki.Identity) string {
@@ -168,7 +185,7 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 			"log": map[string]any{"format": "text"},
 		}
 		if service != tracker && service != host {
-			general["store"] = map[string]any{"dir": p.store}
+			general["store"] = p.storeConfig
 		}
 		raw, err := yaml.Marshal(map[string]any{"program": general, strings.ReplaceAll(service, "-", "_"): sections[service]})
 		require.NoError(t, err)

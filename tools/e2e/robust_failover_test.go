@@ -61,9 +61,9 @@ func takeOvers(t *testing.T, seed uint64, fleet bool, n int) {
 	r := testkit.RandOf(seed)
 	var p *product
 	if fleet {
-		p = newFleetOf(t, true, driverImagedir, orchestrator2)
+		p = newFleetOf(t, either(seed, onAzurite, onDir), true, driverImagedir, orchestrator2)
 	} else {
-		p = newUp(t)
+		p = newUp(t, either(seed, onDir, onAzurite))
 	}
 	a := &attacked{t: t, machine: newMachine(p, seed, 16*mib, 8*mib)}
 	t.Cleanup(func() {

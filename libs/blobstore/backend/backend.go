@@ -36,6 +36,9 @@ type Options struct {
 	Dir dir.Options
 	// Azure are the account's.
 	Azure azure.Options
+	// Later leaves it to the first call to find out whether an account can be reached: what runs beside machines must start
+	// without it.
+	Later bool
 }
 
 // Kinds of stores.
@@ -135,7 +138,7 @@ func (s Settings) Require() error {
 // checkTime bounds the first question to an account.
 const checkTime = 30 * time.Second
 
-// Open opens the store and asks it for its time, so that an address that is wrong or not to be reached says so now. Whether
+// Open opens the store and, unless told otherwise, asks it for its time, so that an address that is wrong or not to be reached says so now. Whether
 // the credentials are good for anything is not asked: that differs by role. The caller closes it.
 func Open(ctx context.Context, s Settings, o Options) (blobstore.Store, error) {
 	kind, where, err := s.place()
@@ -148,6 +151,9 @@ func Open(ctx context.Context, s Settings, o Options) (blobstore.Store, error) {
 	st, err := azure.Open(where, s.Azure, o.Azure)
 	if err != nil {
 		return nil, err
+	}
+	if o.Later {
+		return st, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTime)
 	defer cancel()

@@ -303,7 +303,7 @@ func (h memHandle) List(ctx context.Context, prefix, after string) iter.Seq2[blo
 			c, ok := h.m.containers.Get(h.name)
 			if !ok {
 				h.m.mu.Unlock()
-				yield(blobstore.Properties{}, fmt.Errorf("list %s: %w", h.name, blobstore.ErrNotFound))
+				yield(blobstore.Properties{}, fmt.Errorf("list %s: %w", h.name, blobstore.ErrNoContainer))
 				return
 			}
 			var batch []blobstore.Properties

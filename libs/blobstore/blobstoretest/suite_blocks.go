@@ -38,14 +38,21 @@ func testContainers(e *env) {
 
 	require.Equal(e, "nowhere", e.s.Container("nowhere").Name())
 	e.c = e.s.Container("nowhere")
+	missing := func(err error) {
+		e.Helper()
+		e.is(err, blobstore.ErrNotFound)
+		require.ErrorIs(e, err, blobstore.ErrNoContainer)
+	}
 	_, err := e.put("a", "x", blobstore.Conditions{})
-	e.is(err, blobstore.ErrNotFound)
+	missing(err)
 	_, err = e.c.CreatePages(e.ctx, "a", 512, nil, blobstore.Conditions{})
-	e.is(err, blobstore.ErrNotFound)
+	missing(err)
 	_, _, err = e.c.Get(e.ctx, "a", 0, -1)
-	e.is(err, blobstore.ErrNotFound)
-	e.is(lastError(e.c.List(e.ctx, "", "")), blobstore.ErrNotFound)
-	e.is(lastError(e.c.List(e.ctx, "a/b", "")), blobstore.ErrNotFound)
+	missing(err)
+	_, err = e.c.Stat(e.ctx, "a", "")
+	missing(err)
+	missing(lastError(e.c.List(e.ctx, "", "")))
+	missing(lastError(e.c.List(e.ctx, "a/b", "")))
 }
 
 func testNames(e *env) {

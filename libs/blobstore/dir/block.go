@@ -58,6 +58,11 @@ func (c *container) wrap(op, name string, err error) error {
 	if err == nil {
 		return nil
 	}
+	if errors.Is(err, blobstore.ErrNotFound) && !errors.Is(err, blobstore.ErrNoContainer) {
+		if _, gone := os.Stat(c.path); errors.Is(gone, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", blobstore.ErrNoContainer, err)
+		}
+	}
 	return fmt.Errorf("%s %s/%s: %w", op, c.name, name, storageErr(err))
 }
 

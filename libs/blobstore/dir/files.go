@@ -122,7 +122,7 @@ func (c *container) place(parent string, put func() error) error {
 			return err
 		}
 		if _, serr := os.Stat(c.path); serr != nil {
-			return fmt.Errorf("no container: %w", blobstore.ErrNotFound)
+			return blobstore.ErrNoContainer
 		}
 		if merr := c.mkdirs(parent); merr != nil {
 			return merr

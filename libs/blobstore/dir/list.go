@@ -31,7 +31,10 @@ func (c *container) List(ctx context.Context, prefix, after string) iter.Seq2[bl
 			return
 		}
 		if _, err := os.Stat(c.path); err != nil {
-			fail(notFound(err))
+			if errors.Is(err, fs.ErrNotExist) {
+				err = fmt.Errorf("%w: %w", blobstore.ErrNoContainer, err)
+			}
+			fail(err)
 			return
 		}
 		w := walker{c: c, prefix: prefix, after: after, yield: yield}

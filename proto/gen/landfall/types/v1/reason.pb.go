@@ -204,6 +204,8 @@ const (
 	ErrorReason_ERROR_REASON_POINT_HELD ErrorReason = 123
 	// Something in storage was written by a newer version of Landfall than the one that reads it.
 	ErrorReason_ERROR_REASON_FORMAT_NEWER ErrorReason = 124
+	// A check of the store failed.
+	ErrorReason_ERROR_REASON_STORAGE_NOT_READY ErrorReason = 125
 	// --- failover
 	// The target folder is not empty.
 	ErrorReason_ERROR_REASON_TARGET_NOT_EMPTY ErrorReason = 140
@@ -305,6 +307,7 @@ var (
 		122: "ERROR_REASON_RANSOMWARE_SUSPECTED",
 		123: "ERROR_REASON_POINT_HELD",
 		124: "ERROR_REASON_FORMAT_NEWER",
+		125: "ERROR_REASON_STORAGE_NOT_READY",
 		140: "ERROR_REASON_TARGET_NOT_EMPTY",
 		141: "ERROR_REASON_TARGET_UNSUPPORTED",
 		142: "ERROR_REASON_TARGET_UNWRITABLE",
@@ -397,6 +400,7 @@ var (
 		"ERROR_REASON_RANSOMWARE_SUSPECTED":      122,
 		"ERROR_REASON_POINT_HELD":                123,
 		"ERROR_REASON_FORMAT_NEWER":              124,
+		"ERROR_REASON_STORAGE_NOT_READY":         125,
 		"ERROR_REASON_TARGET_NOT_EMPTY":          140,
 		"ERROR_REASON_TARGET_UNSUPPORTED":        141,
 		"ERROR_REASON_TARGET_UNWRITABLE":         142,
@@ -436,7 +440,7 @@ var File_landfall_types_v1_reason_proto protoreflect.FileDescriptor
 
 const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1elandfall/types/v1/reason.proto\x12\x11landfall.types.v1*\xbe\x18\n" +
+	"\x1elandfall/types/v1/reason.proto\x12\x11landfall.types.v1*\xe2\x18\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12!\n" +
 	"\x1dERROR_REASON_INVALID_ARGUMENT\x10\x01\x12 \n" +
@@ -523,6 +527,7 @@ const file_landfall_types_v1_reason_proto_rawDesc = "" +
 	"!ERROR_REASON_RANSOMWARE_SUSPECTED\x10z\x12\x1b\n" +
 	"\x17ERROR_REASON_POINT_HELD\x10{\x12\x1d\n" +
 	"\x19ERROR_REASON_FORMAT_NEWER\x10|\x12\"\n" +
+	"\x1eERROR_REASON_STORAGE_NOT_READY\x10}\x12\"\n" +
 	"\x1dERROR_REASON_TARGET_NOT_EMPTY\x10\x8c\x01\x12$\n" +
 	"\x1fERROR_REASON_TARGET_UNSUPPORTED\x10\x8d\x01\x12#\n" +
 	"\x1eERROR_REASON_TARGET_UNWRITABLE\x10\x8e\x01\x12$\n" +
