@@ -6,19 +6,16 @@ import (
 	"crypto/md5"
 	"errors"
 	"fmt"
-	"hash/crc64"
 	"io"
 	"net/http"
 	"sync"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
+	"github.com/minio/crc64nvme"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
 )
-
-// crcTable is of the service's CRC64, whose polynomial is neither ISO's nor ECMA's. Sent and received little endian.
-var crcTable = crc64.MakeTable(0x9A6C9329AC4BC9B5)
 
 // summing says what checksum goes with uploads.
 type summing int32
@@ -47,6 +44,7 @@ func firstSumming(setting string) summing {
 type source struct {
 	mu   sync.Mutex // over r
 	r    io.ReadSeeker
+	data []byte // all of r, when it is in memory
 	base int64
 	size int64
 	at   int64 // r's position, relative to base; -1 is not known
@@ -73,7 +71,7 @@ func newSource(r io.ReadSeeker, size int64) (*source, error) {
 }
 
 func bytesSource(data []byte) *source {
-	return &source{r: bytes.NewReader(data), size: int64(len(data)), at: -1}
+	return &source{r: bytes.NewReader(data), data: data, size: int64(len(data)), at: -1}
 }
 
 // section is a part of s that shares its reader.
@@ -86,11 +84,11 @@ func (s *source) sum(kind summing) (blob.TransferValidationType, error) {
 	switch kind {
 	case sumProbe, sumCRC64:
 		if !s.hasCRC {
-			h := crc64.New(crcTable)
-			if err := s.copyTo(h); err != nil {
+			crc, err := s.crc64()
+			if err != nil {
 				return nil, err
 			}
-			s.crc, s.hasCRC = h.Sum64(), true
+			s.crc, s.hasCRC = crc, true
 		}
 		return blob.TransferValidationTypeCRC64(s.crc), nil
 	case sumMD5, sumBasic:
@@ -104,6 +102,17 @@ func (s *source) sum(kind summing) (blob.TransferValidationType, error) {
 		return blob.TransferValidationTypeMD5(s.md5), nil
 	}
 	return nil, nil
+}
+
+// crc64 is the service's: the polynomial 0x9A6C9329AC4BC9B5, reflected, which others call NVME's; sent little endian. The
+// standard library computes it ten times slower.
+func (s *source) crc64() (uint64, error) {
+	if s.data != nil {
+		return crc64nvme.Checksum(s.data), nil
+	}
+	h := crc64nvme.New()
+	err := s.copyTo(h)
+	return h.Sum64(), err
 }
 
 func (s *source) copyTo(w io.Writer) error {

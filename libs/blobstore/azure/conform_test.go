@@ -1,8 +1,11 @@
 package azure
 
 import (
+	"context"
 	"flag"
 	"fmt"
+	"iter"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -90,3 +93,37 @@ func TestConformsOnAzurite(t *testing.T) {
 	account := emulator(t)
 	blobstoretest.Run(t, func(t *testing.T) blobstore.Store { return onAzurite{open(t, connString(account()), Options{})} })
 }
+
+// prefixed gives one test its own containers in a shared account.
+type prefixed struct {
+	*Store
+	prefix string
+}
+
+func (p *prefixed) CreateContainer(ctx context.Context, name string) error {
+	if err := blobstore.CheckContainerName(name); err != nil {
+		return err
+	}
+	return p.Store.CreateContainer(ctx, p.prefix+name)
+}
+
+func (p *prefixed) ListContainers(ctx context.Context, prefix string) iter.Seq2[string, error] {
+	return func(yield func(string, error) bool) {
+		for n, err := range p.Store.ListContainers(ctx, p.prefix+prefix) {
+			if !yield(strings.TrimPrefix(n, p.prefix), err) {
+				return
+			}
+		}
+	}
+}
+
+func (p *prefixed) Container(name string) blobstore.Container {
+	return named{p.Store.Container(p.prefix + name), name}
+}
+
+type named struct {
+	blobstore.Container
+	name string
+}
+
+func (n named) Name() string { return n.name }

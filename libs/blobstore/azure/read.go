@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/crc64"
 	"io"
 	"net/http"
 	"strconv"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
+	"github.com/minio/crc64nvme"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
@@ -76,7 +76,7 @@ func (c *ctr) fetch(ctx context.Context, op, name string, b *blob.Client, pages 
 			}
 			return err
 		}
-		if sum := r.ContentCRC64; len(sum) == 8 && binary.LittleEndian.Uint64(sum) != crc64.Checksum(buf[:p.n], crcTable) {
+		if sum := r.ContentCRC64; len(sum) == 8 && binary.LittleEndian.Uint64(sum) != crc64nvme.Checksum(buf[:p.n]) {
 			return errDamaged
 		}
 		md, _ := metadata(r.Metadata)
