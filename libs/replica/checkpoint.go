@@ -103,7 +103,7 @@ func (r *Replica) checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, err
 	meta := map[string]string{"seq": strconv.FormatUint(uint64(n), 10)}
 	for i, d := range disks {
 		cond := blobstore.Conditions{IfMatch: rest[i].ETag}
-		if r.bugs.CheckpointUnfinished {
+		if r.bugs.CheckpointUnfinished || r.bugs.SnapshotAnyETag {
 			cond = blobstore.Conditions{}
 		}
 		id, _, err := r.replica.SnapshotPages(ctx, DiskBlobName(d.ID, d.Gen), meta, cond)

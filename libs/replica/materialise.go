@@ -159,7 +159,7 @@ func (r *Replica) SourceAt(ctx context.Context, seq Seq, diskID string) (*Source
 		}
 		m, err := r.Manifest(ctx, e.Seq)
 		if err != nil {
-			return nil, err
+			return nil, r.orRetired(ctx, e.Seq, err)
 		}
 		list = collect(list, m, d)
 	}

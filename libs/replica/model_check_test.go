@@ -3,6 +3,7 @@ package replica
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
@@ -60,6 +61,24 @@ func (c *checker) all() {
 		case name == retentionName:
 			c.record()
 		}
+	}
+}
+
+// committed: what a shipper is told to be in the chain is in it.
+func (c *checker) committed(t *modelTask, res Result) {
+	c.chain()
+	if res.Outcome == AlreadyCommitted {
+		c.w.hit("R7 already in the chain is success")
+	}
+	if c.w.failed != nil || c.w.bugs.StaleTask || c.w.bugs.NoPassOrdinal {
+		return
+	}
+	if res.Seq == 0 || res.Seq > c.head {
+		c.w.fail("S1: task %s was told manifest %d, head is %d", t.id, res.Seq, c.head)
+		return
+	}
+	if m := c.manifests[res.Seq-1]; m.Ordinal() != t.ordinal() {
+		c.w.fail("S1: task %s of ordinal %d was told manifest %d, which is a %s of ordinal %d", t.id, t.ordinal(), m.Seq, m.Kind, m.Ordinal())
 	}
 }
 
@@ -128,6 +147,9 @@ func (c *checker) chain() {
 			return
 		}
 		c.head++
+		if modelTrace {
+			fmt.Printf("   manifest %d %s %d base %d failover %s trace %s\n", m.Seq, m.Kind, m.Ordinal(), m.Base, m.Failover, m.Trace)
+		}
 		f := c.folds[c.head-1]
 		for _, d := range m.Disks {
 			for _, s := range d.Segments {
@@ -276,6 +298,9 @@ func (c *checker) checkpoint(name string) {
 		return // seen: it never changes
 	}
 	c.records[rec.Seq] = rec
+	if modelTrace {
+		fmt.Printf("   checkpoint %d void %t\n", rec.Seq, rec.Void)
+	}
 	if rec.Void {
 		c.w.hit("R23 void record")
 		return

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -207,6 +208,22 @@ func (w *world) prelude() {
 	}
 }
 
+// sleeper picks somebody who sleeps in the middle of a job until retention has taken all that it knew.
+func (w *world) sleeper() *actor {
+	var out []*actor
+	for _, a := range w.actors { // the others are needed at the end
+		if a.busy && (strings.HasSuffix(a.name, "-2") || a.role == "read") {
+			out = append(out, a)
+		}
+	}
+	if len(out) == 0 || w.rng.IntN(3) == 0 {
+		return nil
+	}
+	a := out[w.rng.IntN(len(out))]
+	w.doze(a)
+	return a
+}
+
 // end wakes who sleeps or kills them, lets what is on the wire land, and with no more faults asks for a new, right point (S6),
 // retires what is old, reads all points (S2, S8) and the replica (S4).
 func (w *world) end() {
@@ -219,7 +236,11 @@ func (w *world) end() {
 		w.step(busy[w.rng.IntN(len(busy))])
 	}
 	w.awake = false
+	sleeper := w.sleeper()
 	for _, a := range w.actors {
+		if a == sleeper {
+			continue
+		}
 		for a.busy {
 			a.store.Crash()
 			a.grant <- 0
@@ -251,7 +272,14 @@ func (w *world) end() {
 	if w.failed != nil {
 		return
 	}
-	w.host.fenced = false
+	if sleeper != nil {
+		w.wake(sleeper)
+		for w.awake = true; sleeper.busy; {
+			w.step(sleeper)
+		}
+		w.awake, sleeper.r, sleeper.applier = false, nil, nil
+	}
+	w.planned, w.host.fenced = nil, false
 	w.host.write()
 	if !w.cycleAlone(25) {
 		w.fail("S6: no new point after retention: record %+v, cycle %+v, base %d", w.rec, w.rec.cycle, w.host.base)

@@ -199,3 +199,10 @@ func (w *world) raise() {
 		w.rec.epoch++
 	}
 }
+
+func (t *modelTask) ordinal() Ordinal {
+	if t.pass != nil {
+		return t.pass.Ordinal
+	}
+	return t.point
+}

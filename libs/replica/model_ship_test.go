@@ -28,8 +28,8 @@ func (a *actor) shipJob(t *modelTask) job {
 			a.w.hit("R11 an empty partial")
 		}
 		res, err := r.Commit(ctx, prop)
-		if err == nil && res.Outcome == AlreadyCommitted {
-			a.w.hit("R7 already in the chain is success")
+		if err == nil {
+			a.w.check.committed(t, res)
 		}
 		return err
 	}
@@ -50,7 +50,17 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 				return err
 			}
 		}
-		_, err := r.Commit(ctx, p)
+		below := st.Head
+		if a.w.bugs.host.MarkAnywhere {
+			p.At = 0
+		}
+		res, err := r.Commit(ctx, p)
+		if err == nil && a.w.marks[t.pass.Ordinal] == 0 { // what was compared with, whatever number the mark got
+			a.w.marks[t.pass.Ordinal] = below
+			if res.Outcome == AlreadyCommitted {
+				a.w.marks[t.pass.Ordinal] = res.Seq - 1
+			}
+		}
 		if errors.Is(err, ErrHeadMoved) {
 			a.w.hit("R13 the mark's place was taken")
 		}
@@ -63,9 +73,12 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 	if mark == 0 {
 		return nil // not yet: redelivered later
 	}
-	have := parcel{}
+	have, at := parcel{}, mark-1
+	if m := a.w.marks[t.pass.Ordinal]; a.w.bugs.host.MarkAnywhere && m != 0 {
+		at = m
+	}
 	for _, d := range modelDisks {
-		if have[d], err = a.chainAt(ctx, r, mark-1, d); err != nil {
+		if have[d], err = a.chainAt(ctx, r, at, d); err != nil {
 			return err
 		}
 	}

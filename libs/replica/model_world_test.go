@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -35,6 +36,7 @@ type world struct {
 	events  chan event
 	late    []func() // effects of storage calls still on the wire
 	touched map[string]bool
+	marks   map[Ordinal]Seq    // what comparing passes compare with
 	segs    map[string]content // every segment ever built, by name
 	check   checker
 	quiet   bool // the end: no faults, no choices
@@ -136,7 +138,7 @@ var modelActors = []string{"ship-1", "ship-2", "apply-1", "apply-2", "scheduler"
 func newWorld(seed uint64, b planted, st *modelStats) *world {
 	rng := rand.New(rand.NewPCG(seed, 77))
 	w := &world{rng: rng, bugs: b, mem: blobstoretest.NewMemory(), clock: testTime, events: make(chan event),
-		touched: map[string]bool{}, segs: map[string]content{}, stats: st, rec: record{epoch: 1}}
+		touched: map[string]bool{}, marks: map[Ordinal]Seq{}, segs: map[string]content{}, stats: st, rec: record{epoch: 1}}
 	w.trace.SetSeed(modelSeed)
 	w.check.w = w
 	pick := func(v ...float64) float64 { return v[rng.IntN(len(v))] }
@@ -171,6 +173,9 @@ func newWorld(seed uint64, b planted, st *modelStats) *world {
 
 var modelSeed = maphash.MakeSeed()
 
+// modelTrace prints every store call, to look at one seed.
+var modelTrace = os.Getenv("LANDFALL_MODEL_TRACE") != ""
+
 func (w *world) fail(format string, a ...any) {
 	if w.failed == nil {
 		w.failed = fmt.Errorf(format, a...)
@@ -198,6 +203,9 @@ func (w *world) wait() {
 		a.store.Revive()
 		a.r, a.applier = nil, nil
 	}
+	if modelTrace {
+		fmt.Printf("%d %s ends: %v\n", w.turns, a.name, e.err)
+	}
 	if e.err != nil {
 		w.answered(a, e.err)
 	}
@@ -217,7 +225,7 @@ func (w *world) answered(a *actor, err error) {
 	case errors.Is(err, ErrCorrupt), errors.Is(err, ErrInvalid):
 		w.fail("%s: %v", a.name, err)
 	case IsRefusal(err), errors.Is(err, ErrLeaseLost):
-	case w.quiet && !errors.Is(err, blobstoretest.ErrInjected) && !errors.Is(err, blobstoretest.ErrCrashed):
+	case w.quiet && !w.awake && !errors.Is(err, blobstoretest.ErrInjected) && !errors.Is(err, blobstoretest.ErrCrashed):
 		w.fail("%s, with no faults: %v", a.name, err)
 	}
 }
@@ -268,6 +276,9 @@ func (w *world) step(a *actor) {
 			a.late = true
 			w.hit("fault: late effect")
 		}
+	}
+	if modelTrace {
+		fmt.Printf("%d %s %s %s %v late=%t\n", w.turns, a.name, a.op, a.blob, fate, a.late)
 	}
 	a.grant <- fate
 	w.wait()

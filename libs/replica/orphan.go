@@ -34,7 +34,7 @@ func attemptOf(name string) (a attempt, ok bool) {
 
 // dead reports whether an ordinal can never be committed any more: it is strictly below the highest of the chain (rule 25).
 // Then it is in the chain, or never will be.
-func (s *sweeper) dead(o Ordinal) bool { return o < s.p.st.Highest }
+func (s *sweeper) dead(o Ordinal) bool { return o < s.p.st.Highest || s.r.bugs.OrphansByAge }
 
 // given reports whether the ordinal is of what the record retires or older, so that its segments were not just put.
 func (s *sweeper) given(o Ordinal) bool {
@@ -145,7 +145,7 @@ func (s *sweeper) rewinds(ctx context.Context, list []attempt) error {
 		}
 	}
 	for _, a := range list {
-		if closed, _ := st.FenceSeqs(a.failover); closed == 0 || st.Closed() && st.Fence.Failover == a.failover {
+		if closed, _ := st.FenceSeqs(a.failover); !s.r.bugs.RewindOrphansAnytime && (closed == 0 || st.Closed() && st.Fence.Failover == a.failover) {
 			continue
 		}
 		if err := s.attempts(ctx, rewindPrefix+a.failover+"-"+a.tx+"/", seqs); err != nil {
@@ -176,7 +176,7 @@ func (s *sweeper) staging(ctx context.Context) error {
 	}
 	err := list(ctx, b.c, segPrefix, func(p blobstore.Properties) (bool, error) {
 		a, ok := attemptOf(p.Name)
-		if !ok || a.failover != "" || !s.dead(a.ordinal) || live[a.ordinal] {
+		if !ok || a.failover != "" || !s.dead(a.ordinal) || live[a.ordinal] && !s.r.bugs.StagingEarly {
 			return false, nil
 		}
 		if !known[a.ordinal] && !s.given(a.ordinal) && s.young(p) {
@@ -244,6 +244,9 @@ func snapshotSeq(p blobstore.Properties) (Seq, bool) {
 func (s *sweeper) orphanSnapshot(ctx context.Context, blob string, n Seq, p blobstore.Properties) error {
 	if s.young(p) {
 		return nil
+	}
+	if s.r.bugs.SnapshotWithoutVoid {
+		return s.dropSnapshot(ctx, blob, p.Snapshot)
 	}
 	c, err := s.r.VoidCheckpoint(ctx, n)
 	if err != nil {

@@ -48,6 +48,8 @@ type segData struct {
 	c    blobstore.Container
 	name string
 	body []byte
+	r    *Replica // of an overlay: to look at the record again when the object is gone
+	of   Seq      // the manifest that names it
 }
 
 // named is one segment with the manifest that names it.
@@ -80,8 +82,10 @@ func (o *overlay) add(ctx context.Context, r *Replica, d DiskState, list []named
 		}
 		keep := (keptBodies - o.kept) / int64(n)
 		if err := inParallel(ctx, n, func(ctx context.Context, i int) (err error) {
-			opened[i], err = r.openSegment(ctx, group[i].s, keep)
-			return err
+			if opened[i], err = r.openSegment(ctx, group[i].s, keep); err == nil {
+				opened[i].r, opened[i].of = r, group[i].m.Seq
+			}
+			return r.orRetired(ctx, group[i].m.Seq, err)
 		}); err != nil {
 			return err
 		}
@@ -266,7 +270,7 @@ func (f *fetcher) read(ctx context.Context, seg int32, pos int64, p []byte) erro
 		k := int(pos / segment.FrameSize)
 		if k != w.frame {
 			if err := w.load(ctx, sd, k, pos, int64(len(p))); err != nil {
-				return sd.broken(err)
+				return sd.r.orRetired(ctx, sd.of, sd.broken(err))
 			}
 		}
 		n := copy(p, w.raw[pos%segment.FrameSize:])

@@ -152,7 +152,9 @@ func (r *Replica) putRecord(ctx context.Context, next *Retention) (won bool, err
 		return false, err
 	}
 	cond := blobstore.Conditions{IfMatch: r.chain.tag}
-	if r.chain.tag == "" {
+	if r.bugs.NoIfMatch {
+		cond = blobstore.Conditions{}
+	} else if r.chain.tag == "" {
 		cond = blobstore.Conditions{CreateOnly: true}
 	}
 	for range maxUnknown {

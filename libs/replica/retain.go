@@ -13,7 +13,7 @@ type Tier string
 
 // The tiers.
 const (
-	TierNone   Tier = ""       // no longer kept: the next Retain retires it
+	TierNone   Tier = ""       // no longer kept: a later Retain retires it, once no point that stays is reached through it
 	TierAll    Tier = "all"    // younger than Keep.All
 	TierHourly Tier = "hourly" // the hour's point
 	TierDaily  Tier = "daily"  // the day's point
@@ -140,7 +140,12 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 		if err != nil {
 			return nil, err
 		}
-		p := newPlan(r.lineage, r.chain.retention, r.chain.state.clone(), slices.Clone(r.chain.entries), ckpts, o.Keep, now, o.Ended)
+		ret := r.chain.retention
+		if r.bugs.PinIgnored && ret != nil {
+			ret = ret.clone(r.lineage)
+			ret.Pins = nil
+		}
+		p := newPlan(r.lineage, ret, r.chain.state.clone(), slices.Clone(r.chain.entries), ckpts, o.Keep, now, o.Ended)
 		m := &mapper{r: r, p: p, reads: reads, opens: o.Parallel}
 		more, err := m.fill(ctx)
 		if err != nil {
@@ -151,17 +156,34 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 			res.More = res.More || more
 			return p, nil
 		}
+		if err := r.deleteFirst(ctx, o, now, res, p); err != nil {
+			return nil, err
+		}
 		won, err := r.putRecord(ctx, p.next)
 		if err != nil {
 			return nil, err
 		}
-		if won {
+		if won || r.bugs.LostRaceDeletes {
 			res.More = res.More || more
 			res.Dropped = p.dropped
 			return p, nil
 		}
 	}
 	return nil, fmt.Errorf("the record changed %d times: %w", maxRecordTries, ErrContention)
+}
+
+// deleteFirst is the planted bugs that delete what no record retires yet.
+func (r *Replica) deleteFirst(ctx context.Context, o *RetainOptions, now time.Time, res *RetainResult, p *plan) error {
+	if !r.bugs.FloorAfterDeletion && !r.bugs.NoRetiredRanges {
+		return nil
+	}
+	r.unlock() // the sweeper takes turns
+	err := (&sweeper{r: r, o: o, res: res, now: now, p: p, left: o.MaxDeletes}).sweep(ctx)
+	r.turn <- struct{}{}
+	if r.bugs.NoRetiredRanges {
+		p.next.Retired = nil
+	}
+	return err
 }
 
 // fill takes into the plan's next record what the step's bound on reads allows.

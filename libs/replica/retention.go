@@ -291,6 +291,22 @@ func (r *Replica) readRetention(ctx context.Context) (*Retention, blobstore.ETag
 	return ret, p.ETag, nil
 }
 
+// orRetired decides about an object that manifest n needs and that is missing: when retention has given it up since the
+// chain was read, that is no damage, and the answer is ErrNotReachable. Whoever reads without a pin may be that late.
+func (r *Replica) orRetired(ctx context.Context, n Seq, err error) error {
+	if err == nil || !errors.Is(err, blobstore.ErrNotFound) || errors.Is(err, blobstore.ErrNoContainer) {
+		return err
+	}
+	ret, _, rerr := r.readRetention(ctx)
+	switch {
+	case rerr != nil:
+		return fmt.Errorf("manifest %d needs something that is missing, and whether it was retired is not known: %w", n, rerr)
+	case ret.Retires(n), ret.released(n):
+		return fmt.Errorf("manifest %d was retired meanwhile: %w", n, ErrNotReachable)
+	}
+	return err
+}
+
 // readAll reads a small block blob whole.
 func readAll(ctx context.Context, c blobstore.Container, name string, limit int64) ([]byte, error) {
 	b, _, err := readAllOf(ctx, c, name, limit)

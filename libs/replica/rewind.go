@@ -307,7 +307,7 @@ func (r *Replica) addChanged(ctx context.Context, list []said) error {
 		opened := make([]*segData, n)
 		if err := inParallel(ctx, n, func(ctx context.Context, i int) (err error) {
 			opened[i], err = r.openIndex(ctx, list[i].s)
-			return err
+			return r.orRetired(ctx, list[i].m.Seq, err)
 		}); err != nil {
 			return err
 		}
