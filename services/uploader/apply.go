@@ -10,6 +10,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/failpoint"
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/shipping"
+	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
 )
 
@@ -30,26 +31,40 @@ type applied struct {
 	point replica.Ordinal
 	// checkpoint is the newest one; 0 for none.
 	checkpoint replica.Seq
+
+	// more: there is more to apply, and the caller wanted a pause.
+	more bool
+	// due is until when the backlog may wait, zero when it was applied. Then the fields above are not set.
+	due time.Time
+	// backlog is what is left, looked the same as the alarms see it.
+	backlog replica.Backlog
+	looked  *typesv1.ApplyBacklog
 }
 
-// apply brings the disks to the head of the chain and makes the checkpoint that the task wants. ErrBusy and
-// ErrLeaseLost: another applier is at work, the task must come again. One call at a time per lineage.
-func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask) (applied, error) {
+// apply brings the disks to the head of the chain and makes the checkpoint that the task wants, unless all of it may wait
+// to be merged with what comes. yield is asked between batches and ends it early. ErrBusy and ErrLeaseLost: another applier
+// is at work, the task must come again. One call at a time per lineage.
+func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask, yield func() bool) (applied, error) {
 	l, err := a.replicas.lineage(ctx, t.GetLineage())
 	if err != nil {
 		return applied{}, err
 	}
 	if last := l.last.Load(); last != nil && t.GetSequence() > 0 && uint64(last.seq) >= t.GetSequence() && t.GetCheckpointAge() == nil {
-		return *last, nil // an earlier task went further: this one was merged into it
+		out := *last // an earlier task went further: this one was merged into it
+		out.backlog, err = l.r.BacklogAbove(ctx, out.seq)
+		return out, err
+	}
+	if wait, err := a.postpone(ctx, l, t); err != nil || !wait.due.IsZero() {
+		return wait, err
 	}
 	if err := failpoint.Hit(fpBeforePageWrite); err != nil {
 		return applied{}, err
 	}
 	progress, err := shipping.Drain(ctx, l.r, replica.ApplierOptions{
 		Clock: a.clock, Parallel: a.config.Apply.Parallel, Lease: a.config.Apply.Lease,
-		Takeover: a.config.Apply.SoleApplier, MaxBatchBytes: a.config.Apply.BatchBytes,
+		Takeover: a.config.Apply.SoleApplier, MaxBatchBytes: a.config.Apply.BatchBytes, Yield: yield,
 	})
-	a.metrics.applied(ctx, progress.Written)
+	a.metrics.applied(ctx, progress)
 	if err != nil {
 		return applied{}, fmt.Errorf("apply the journal: %w", err)
 	}
@@ -65,8 +80,46 @@ func (a *applier) apply(ctx context.Context, t *uploaderv1.ApplyTask) (applied, 
 	if err != nil {
 		return applied{}, err
 	}
-	l.last.Store(&out)
+	last := out
+	l.last.Store(&last)
+	out.more = progress.Yielded
+	if out.backlog, err = l.r.BacklogAbove(ctx, progress.Applied); err != nil {
+		return applied{}, fmt.Errorf("measure the backlog: %w", err)
+	}
 	return out, nil
+}
+
+// postpone says until when everything may wait, in due, with the backlog as it is. The first task of a lineage in a process
+// never waits: it finds out how the disks are.
+func (a *applier) postpone(ctx context.Context, l *lineage, t *uploaderv1.ApplyTask) (applied, error) {
+	delay := a.config.Apply.Lazy.delay(a.replicas.store)
+	if t.GetDelay() != nil && a.config.Apply.Lazy.Mode != lazyOff {
+		delay = t.GetDelay().AsDuration()
+	}
+	last := l.last.Load()
+	if delay <= 0 || t.GetUrgent() || last == nil {
+		return applied{}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, a.config.StorageTimeout)
+	defer cancel()
+	b, err := l.r.BacklogAbove(ctx, last.seq)
+	if err != nil {
+		return applied{}, fmt.Errorf("measure the backlog: %w", err)
+	}
+	due := a.config.Apply.wait(b, a.clock(), delay)
+	if due.IsZero() {
+		return applied{}, nil
+	}
+	if t.GetCheckpointAge() != nil {
+		if last.checkpoint == 0 {
+			return applied{}, nil
+		}
+		young, err := a.younger(ctx, l.r, last.checkpoint, t.GetCheckpointAge().AsDuration())
+		if err != nil || !young {
+			return applied{}, err
+		}
+	}
+	return applied{due: due, backlog: b}, nil
 }
 
 // checkpoint finds the newest point at or below the applied manifest, and marks it when it is exactly there and the

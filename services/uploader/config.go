@@ -9,25 +9,28 @@ import (
 	"github.com/landfall-dr/landfall/libs/segment"
 )
 
-// Role is one half of the service.
+// Role is one part of the service.
 type Role string
 
 // The roles.
 const (
-	RoleShip  Role = "ship"  // in the site: host to journal
-	RoleApply Role = "apply" // near storage: journal to replica disks
+	RoleShip   Role = "ship"   // in the site: host to journal
+	RoleApply  Role = "apply"  // near storage: journal to replica disks
+	RoleRetain Role = "retain" // near storage: points that are no longer kept are given up
 )
 
 // Config of an uploader. Sizes are in bytes.
 type Config struct {
 	// Roles that this process runs.
-	Roles []Role `koanf:"roles" help:"what this process does: ship, apply"`
+	Roles []Role `koanf:"roles" help:"what this process does: ship, apply, retain"`
 	// Site whose ship queue is served; needed for role ship.
 	Site string `koanf:"site" help:"site whose ship queue is served"`
 	// Ship configures role ship.
 	Ship ShipConfig `koanf:"ship"`
 	// Apply configures role apply.
 	Apply ApplyConfig `koanf:"apply"`
+	// Retain configures role retain.
+	Retain RetainConfig `koanf:"retain"`
 	// MemoryLimitBytes is the soft limit that the program gives the Go runtime; 0 sets none. In `landfall up` the
 	// composition root decides.
 	MemoryLimitBytes int64 `koanf:"memory_limit_bytes" help:"soft limit of the Go runtime, 0 for none"`
@@ -78,21 +81,31 @@ type ApplyConfig struct {
 	BusyDelay time.Duration `koanf:"busy_delay" help:"pause while another applier holds the disks"`
 	// BusyDeliveries is how often such a task comes again before it is parked.
 	BusyDeliveries int `koanf:"busy_deliveries" help:"tries while another applier holds the disks"`
+	// Lazy says when received points wait to be merged.
+	Lazy LazyConfig `koanf:"lazy"`
+	// Backlog says when what waits is too much.
+	Backlog BacklogConfig `koanf:"backlog"`
+	// Slice is how long one task goes on before others have their turn; a batch is never cut short. Urgent ones go on.
+	Slice time.Duration `koanf:"slice" help:"how long one task goes on before others have their turn"`
+	// UrgentHold is how long other tasks stand back while an urgent one is in work here.
+	UrgentHold time.Duration `koanf:"urgent_hold" help:"how long other tasks stand back for an urgent one"`
 }
 
 // Default returns the defaults; Site has none.
 func Default() Config {
 	return Config{
-		Roles: []Role{RoleShip, RoleApply},
+		Roles: []Role{RoleShip, RoleApply, RoleRetain},
 		Ship: ShipConfig{
 			Concurrency: 4, DiskStreams: 3, SegmentBytes: segment.DefaultTarget, Buffers: 3, Compression: autoCompression,
 			StreamResumes: 5, ResumeWait: 200 * time.Millisecond, ResumeWaitMax: 5 * time.Second,
 			StreamIdle: time.Minute, HostTimeout: 15 * time.Second, RetryDelay: time.Second,
 		},
 		Apply: ApplyConfig{
-			Concurrency: 2, Parallel: 4, BatchBytes: 256 << 20, Lease: 30 * time.Second,
+			Concurrency: 2, Parallel: 16, BatchBytes: 256 << 20, Lease: 30 * time.Second,
 			BusyDelay: 5 * time.Second, BusyDeliveries: 20,
+			Lazy: defaultLazy(), Backlog: defaultBacklog(), Slice: 30 * time.Second, UrgentHold: 2 * time.Minute,
 		},
+		Retain:           defaultRetain(),
 		MemoryLimitBytes: 200 << 20,
 		StorageTimeout:   2 * time.Minute,
 	}
@@ -107,9 +120,9 @@ func (c Config) Validate() error {
 		}
 	}
 	positive := func(key string, v int64) { check(v > 0, key, "%d, want more than 0", v) }
-	check(len(c.Roles) > 0, "roles", "none, want ship, apply or both")
+	check(len(c.Roles) > 0, "roles", "none, want any of ship, apply, retain")
 	for _, r := range c.Roles {
-		check(r == RoleShip || r == RoleApply, "roles", "%q, want ship or apply", r)
+		check(r == RoleShip || r == RoleApply || r == RoleRetain, "roles", "%q, want ship, apply or retain", r)
 	}
 	check(c.Site != "" || !slices.Contains(c.Roles, RoleShip), "site", "role ship needs the site whose queue it serves")
 	positive("ship.concurrency", int64(c.Ship.Concurrency))
@@ -131,6 +144,8 @@ func (c Config) Validate() error {
 	check(c.Apply.Lease >= 15*time.Second && c.Apply.Lease <= time.Minute, "apply.lease", "%s, want 15s to 60s", c.Apply.Lease)
 	positive("apply.busy_delay", int64(c.Apply.BusyDelay))
 	positive("apply.busy_deliveries", int64(c.Apply.BusyDeliveries))
+	c.Apply.validate(check)
+	c.Retain.validate(check)
 	check(c.MemoryLimitBytes >= 0, "memory_limit_bytes", "%d, want 0 or more", c.MemoryLimitBytes)
 	positive("storage_timeout", int64(c.StorageTimeout))
 	return errors.Join(errs...)

@@ -23,8 +23,9 @@ import (
 
 // Durable names of the consumers.
 const (
-	durableShip  = "uploader-ship"
-	durableApply = "uploader-apply"
+	durableShip   = "uploader-ship"
+	durableApply  = "uploader-apply"
+	durableRetain = "uploader-retain"
 )
 
 // Outcomes of tasks in metrics.
@@ -33,6 +34,7 @@ const (
 	outcomeRepeated = "repeated"
 	outcomeFailed   = "failed"
 	outcomeBusy     = "busy"
+	outcomeDeferred = "deferred"
 	outcomeLost     = "lost"
 )
 
@@ -106,50 +108,6 @@ func shippedEvent(t *uploaderv1.ShipTask, done *shipped) (bus.Event, error) {
 		Vm: t.GetVm(), Lineage: t.GetLineage(), Pass: p.GetOrdinal(), Index: p.GetIndex(), Tasks: p.GetTasks(),
 		Sequence: uint64(m.Seq), CoveredBytes: covered, StoredBytes: done.stored(),
 	}, t.GetLineage(), number(p.GetOrdinal()), number(p.GetIndex()))
-}
-
-// handleApply is the consumer of queue apply.
-func (s *Service) handleApply(ctx context.Context, task *bus.Task) (err error) {
-	var t uploaderv1.ApplyTask
-	if err := decode(task, &t); err != nil {
-		return err
-	}
-	key := work{role: RoleApply, lineage: t.GetLineage()}
-	end, ok := s.beginApply(key, &t)
-	if !ok { // the worker in progress goes on to the head; its own delivery is not acknowledged before that
-		return nil
-	}
-	started, outcome := s.clock(), outcomeLost
-	defer func() {
-		end()
-		s.metrics.task(ctx, RoleApply, outcome, s.clock().Sub(started))
-	}()
-	done, err := s.applier.apply(ctx, &t)
-	for err == nil && s.again(key, &t) {
-		done, err = s.applier.apply(ctx, &t)
-	}
-	switch {
-	case ctx.Err() != nil, errors.Is(err, failpoint.ErrInjected):
-		return err
-	case errors.Is(err, replica.ErrBusy), errors.Is(err, replica.ErrLeaseLost):
-		outcome = outcomeBusy
-		s.logger.InfoContext(ctx, "another applier is at work, the task comes again", "vm", t.GetVm(), "error", err)
-		return err
-	case err != nil:
-		outcome = outcomeFailed
-		return s.reportFailure(ctx, task, t.GetVm(), t.GetLineage(), 0, 0, err)
-	}
-	outcome = outcomeDone
-	if done.point == 0 {
-		return failpoint.Hit(fpBeforeAck) // no point yet: there is nothing to say
-	}
-	e, err := event(t.GetVm(), "recovery-point.processed", &eventsv1.RecoveryPointProcessed{
-		Vm: t.GetVm(), Lineage: t.GetLineage(), Point: uint64(done.point), Sequence: uint64(done.seq), Checkpoint: uint64(done.checkpoint),
-	}, t.GetLineage(), number(done.seq), number(done.checkpoint))
-	if err != nil {
-		return bus.Permanent(err)
-	}
-	return s.publish(ctx, e)
 }
 
 // decode reads and validates a task; one that breaks its contract is parked, since nobody can carry it out.

@@ -15,5 +15,7 @@ var (
 	fpBeforePageWrite  = failpoint.Register("uploader/before-page-write")
 	fpAfterPageWrite   = failpoint.Register("uploader/after-page-write")
 	fpBeforeCheckpoint = failpoint.Register("uploader/before-checkpoint")
+	fpBeforeRetain     = failpoint.Register("uploader/before-retain")
+	fpAfterRetain      = failpoint.Register("uploader/after-retain")
 	fpAfterCheckpoint  = failpoint.Register("uploader/after-checkpoint")
 )

@@ -13,6 +13,7 @@ import (
 func (s *Service) GetStatus(context.Context, *uploaderv1.GetStatusRequest) (*uploaderv1.GetStatusResponse, error) {
 	out := &uploaderv1.GetStatusResponse{
 		ShippedBytes: s.metrics.shippedTotal.Load(), AppliedBytes: s.metrics.appliedTotal.Load(),
+		RetiredObjects: s.metrics.retiredTotal.Load(),
 	}
 	for _, r := range s.config.Roles {
 		out.Roles = append(out.Roles, string(r))
@@ -80,6 +81,11 @@ func (s *Service) beginApply(w work, t *uploaderv1.ApplyTask) (end func(), ok bo
 			a.wish = &uploaderv1.ApplyTask{}
 		}
 		a.wish.CheckpointAge = younger(a.wish.GetCheckpointAge(), t.GetCheckpointAge())
+		a.wish.Delay = younger(a.wish.GetDelay(), t.GetDelay())
+		if t.GetUrgent() {
+			a.wish.Urgent = true
+			s.urgent.poke()
+		}
 		return nil, false
 	}
 	return s.beginLocked(w, "apply "+t.GetVm())
@@ -95,8 +101,17 @@ func (s *Service) again(w work, t *uploaderv1.ApplyTask) bool {
 		return false
 	}
 	t.Sequence, t.CheckpointAge = 0, younger(t.GetCheckpointAge(), a.wish.GetCheckpointAge()) // to the head, whatever it is
+	t.Delay, t.Urgent = a.wish.GetDelay(), t.GetUrgent() || a.wish.GetUrgent()
 	a.wish = nil
 	return true
+}
+
+// hurried reports whether an urgent task was merged into the work.
+func (s *Service) hurried(w work) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	a := s.active[w]
+	return a != nil && a.wish.GetUrgent()
 }
 
 // younger is the shorter of two ages; nil is none.

@@ -39,13 +39,18 @@ type Deps struct {
 type Service struct {
 	uploaderv1.UnimplementedUploaderServiceServer
 
-	config  Config
-	bus     *bus.Bus
-	shipper *shipper
-	applier *applier
-	metrics *metrics
-	logger  *slog.Logger
-	clock   func() time.Time
+	config   Config
+	bus      *bus.Bus
+	shipper  *shipper
+	applier  *applier
+	retainer *retainer
+	metrics  *metrics
+	logger   *slog.Logger
+	clock    func() time.Time
+
+	alarms  *alarms
+	urgent  *urgents
+	sleeper *sleeper
 
 	mu     sync.Mutex
 	active map[work]*active
@@ -72,7 +77,7 @@ func New(config Config, deps Deps) (*Service, error) {
 		deps.Logger = slog.New(slog.DiscardHandler)
 	}
 	pool := shipping.NewPool(config.Ship.Buffers, config.Ship.SegmentBytes)
-	m, err := newMetrics(deps.MeterProvider, pool)
+	m, err := newMetrics(deps.MeterProvider, pool, deps.Clock)
 	if err != nil {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
@@ -81,11 +86,16 @@ func New(config Config, deps Deps) (*Service, error) {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
 	known := newReplicas(deps.Store)
-	return &Service{
+	s := &Service{
 		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]*active{},
-		shipper: &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, codec: codec, metrics: m, logger: deps.Logger},
-		applier: &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
-	}, nil
+		shipper:  &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, codec: codec, metrics: m, logger: deps.Logger},
+		retainer: &retainer{config: config, replicas: known, metrics: m, logger: deps.Logger},
+		applier:  &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
+		alarms:   &alarms{bus: deps.Bus, config: config.Apply.Backlog, clock: deps.Clock, logger: deps.Logger},
+		urgent:   newUrgents(),
+	}
+	s.sleeper = newSleeper(s)
+	return s, nil
 }
 
 // Register offers UploaderService on a server.
@@ -106,12 +116,23 @@ func (s *Service) Run(ctx context.Context) error {
 			return nil
 		})
 	}
+	group.Go(func() error {
+		s.sleeper.run(ctx)
+		return nil
+	})
 	s.logger.InfoContext(ctx, "uploader runs", "roles", s.config.Roles, "site", s.config.Site)
 	return group.Wait()
 }
 
 func (s *Service) consumer(role Role) (*bus.Consumer, func(context.Context, *bus.Task) error, error) {
-	if role == RoleShip {
+	switch role {
+	case RoleRetain:
+		c, err := s.bus.Consumer(bus.KindRetain, bus.AllSites, durableRetain, bus.ConsumerOptions{
+			Concurrency: s.config.Retain.Concurrency,
+			RetryDelay:  s.config.Retain.RetryDelay, RetryDelayMax: 10 * s.config.Retain.RetryDelay,
+		})
+		return c, s.handleRetain, err
+	case RoleShip:
 		c, err := s.bus.Consumer(bus.KindShip, s.config.Site, durableShip, bus.ConsumerOptions{
 			Concurrency: s.config.Ship.Concurrency,
 			RetryDelay:  s.config.Ship.RetryDelay, RetryDelayMax: 10 * s.config.Ship.RetryDelay,

@@ -197,7 +197,7 @@ func TestWholeRoad(t *testing.T) {
 
 			status, err := service.GetStatus(testkit.Context(t), &uploaderv1.GetStatusRequest{})
 			require.NoError(t, err)
-			require.Equal(t, []string{"ship", "apply"}, status.GetRoles())
+			require.Equal(t, []string{"ship", "apply", "retain"}, status.GetRoles())
 			require.Positive(t, status.GetShippedBytes())
 			require.Positive(t, status.GetAppliedBytes())
 		})
