@@ -110,7 +110,7 @@ func element(b *bytes.Buffer, name, text string) {
 		return
 	}
 	b.WriteString("<" + name + ">")
-	xml.EscapeText(b, []byte(text))
+	_ = xml.EscapeText(b, []byte(text)) // a buffer takes everything
 	b.WriteString("</" + name + ">")
 }
 

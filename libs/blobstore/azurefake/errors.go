@@ -105,5 +105,5 @@ func (s *Server) send(w http.ResponseWriter, r *http.Request, e *refusal) {
 	h.Set("Content-Type", "application/xml")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(e.status)
-	w.Write(body)
+	_, _ = w.Write(body) // a client that is gone has nobody to tell
 }

@@ -3,7 +3,6 @@ package azurefake_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"net/http"
 	"sync"
 	"testing"
@@ -83,7 +82,7 @@ func code(t *testing.T, err error, status int, want bloberror.Code) {
 	t.Helper()
 	require.Error(t, err)
 	var r *azcore.ResponseError
-	require.True(t, errors.As(err, &r), "%v", err)
+	require.ErrorAs(t, err, &r)
 	require.Equal(t, string(want), r.ErrorCode)
 	require.Equal(t, status, r.StatusCode)
 }

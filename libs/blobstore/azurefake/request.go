@@ -54,7 +54,7 @@ const (
 	smallBody    = 8 << 20
 	maxPutBlob   = 5000 << 20
 	maxPutBlock  = 4000 << 20
-	drainAtMost  = 16 << 20
+	drainAtMost  = 128 << 20
 	streamBuffer = 256 << 10
 )
 
@@ -65,6 +65,10 @@ var (
 
 // ServeHTTP answers one request.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if what, ok := strings.CutPrefix(r.URL.Path, controlPath); ok {
+		s.control(w, r, what)
+		return
+	}
 	s.stats.begin()
 	q := &request{Request: r}
 	var e *refusal
@@ -102,7 +106,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if e != nil {
 		if r.Body != nil && r.Header.Get("Expect") == "" { // a client that is still sending would see a broken pipe and not the answer
-			io.CopyN(io.Discard, r.Body, drainAtMost)
+			_, _ = io.CopyN(io.Discard, r.Body, drainAtMost)
 		}
 		s.send(w, r, e)
 		return
@@ -265,7 +269,7 @@ func (s *Server) readBody(w http.ResponseWriter, q *request) *refusal {
 			return false
 		}
 		for _, h := range sums {
-			h.Write(p)
+			_, _ = h.Write(p) // a hash never fails
 		}
 		if pagesWrite && s.opts.Digest {
 			q.body.digest += PageDigest(at+off, p)
@@ -324,9 +328,9 @@ func (s *Server) reset(w http.ResponseWriter) {
 		raw = t.NetConn()
 	}
 	if t, ok := raw.(*net.TCPConn); ok {
-		t.SetLinger(0)
+		_ = t.SetLinger(0)
 	}
-	raw.Close()
+	_ = raw.Close()
 }
 
 // reply sends a success.
@@ -346,7 +350,7 @@ func (s *Server) reply(w http.ResponseWriter, q *request, a *answer, flip bool) 
 		return
 	}
 	if a.content == nil {
-		w.Write(a.body)
+		_, _ = w.Write(a.body) // a client that is gone has nobody to tell
 		return
 	}
 	buf := streamBuffers.Get().(*[]byte)

@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"encoding/base64"
 	"encoding/xml"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -152,7 +153,7 @@ const objectID = "00000000-0000-4000-8000-000000000002"
 
 func (s *Server) userDelegationKey(q *request) (*answer, *refusal) {
 	var in struct{ Start, Expiry string }
-	if err := xml.NewDecoder(bytes.NewReader(q.body.data)).Decode(&in); err != nil && err != io.EOF {
+	if err := xml.NewDecoder(bytes.NewReader(q.body.data)).Decode(&in); err != nil && !errors.Is(err, io.EOF) {
 		return nil, refuse(400, "InvalidXmlDocument", "The body is not valid.")
 	}
 	end, ok := parseAny(in.Expiry)
