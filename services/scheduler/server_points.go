@@ -53,11 +53,7 @@ func (s *protectionServer) ListRecoveryPoints(ctx context.Context, r *schedulerv
 	}
 	resp := &schedulerv1.ListRecoveryPointsResponse{NextPageToken: token}
 	for _, p := range out {
-		shown, err := presentPoint(ctx, chain, rec, p)
-		if err != nil {
-			return nil, err
-		}
-		resp.Points = append(resp.Points, shown)
+		resp.Points = append(resp.Points, presentPoint(rec, p))
 	}
 	return resp, nil
 }
@@ -74,11 +70,12 @@ func (s *Service) openChain(ctx context.Context, rec *schedulerv1.ProtectedVm) (
 	return chain, nil
 }
 
-func presentPoint(ctx context.Context, chain *replica.Replica, rec *schedulerv1.ProtectedVm, p replica.Point) (*schedulerv1.RecoveryPoint, error) {
+func presentPoint(rec *schedulerv1.ProtectedVm, p replica.Point) *schedulerv1.RecoveryPoint {
 	out := &schedulerv1.RecoveryPoint{
 		Name: fmt.Sprintf("%s/recoveryPoints/%d", rec.GetName(), p.Ordinal), Ordinal: uint64(p.Ordinal), Sequence: uint64(p.Seq),
 		Kind: typesv1.PointKind_POINT_KIND_POINT, Consistency: typesv1.Consistency_CONSISTENCY_CRASH,
 		Processed: p.Processed, Checkpointed: p.Checkpointed, StoredBytes: p.Bytes, Tier: string(p.Tier),
+		Signals:   signalsOf(p),
 		Suspected: rec.GetSuspicion() != nil && uint64(p.Ordinal) >= rec.GetSuspicion().GetPoint(),
 	}
 	if p.Kind == replica.KindBase {
@@ -97,12 +94,7 @@ func presentPoint(ctx context.Context, chain *replica.Replica, rec *schedulerv1.
 		}
 		out.Pins = append(out.Pins, shown)
 	}
-	signals, err := signalsOf(ctx, chain, p)
-	if err != nil {
-		return nil, storageError(err, "read point %d of %s", p.Ordinal, rec.GetName())
-	}
-	out.Signals = signals
-	return out, nil
+	return out
 }
 
 // HoldRecoveryPoint keeps a point until the hold is released.
@@ -134,8 +126,7 @@ func (s *protectionServer) HoldRecoveryPoint(ctx context.Context, r *schedulerv1
 			return nil, err
 		}
 	}
-	shown, err := presentPoint(ctx, chain, rec, p)
-	return &schedulerv1.HoldRecoveryPointResponse{Point: shown}, err
+	return &schedulerv1.HoldRecoveryPointResponse{Point: presentPoint(rec, p)}, nil
 }
 
 // heldBy is the reason of a hold's pin: who asked for it, and why.
