@@ -2,6 +2,7 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 
@@ -106,6 +107,9 @@ func (s *sweeper) attempts(ctx context.Context, prefix string, seqs []Seq) error
 	named := map[string]bool{}
 	for _, n := range seqs {
 		m, err := s.r.Manifest(ctx, n)
+		if errors.Is(err, ErrNotFound) || errors.Is(err, blobstore.ErrNotFound) {
+			return nil // another step retired it: what it named is found without it
+		}
 		if err != nil {
 			return err
 		}

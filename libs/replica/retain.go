@@ -2,10 +2,13 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"reflect"
 	"slices"
 	"time"
+
+	"github.com/landfall-dr/landfall/libs/blobstore"
 )
 
 // Tier is why a point is kept. A point may have several reasons; the first in the order of these constants is told.
@@ -132,6 +135,7 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 	}
 	defer r.unlock()
 	reads := o.MaxReads
+	var last error
 	for range maxRecordTries {
 		if err := r.refresh(ctx); err != nil {
 			return nil, err
@@ -148,10 +152,14 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 		p := newPlan(r.lineage, ret, r.chain.state.clone(), slices.Clone(r.chain.entries), ckpts, o.Keep, now, o.Ended)
 		m := &mapper{r: r, p: p, reads: reads, opens: o.Parallel}
 		more, err := m.fill(ctx)
+		reads, res.Maps = m.reads, res.Maps+m.stored
+		if errors.Is(err, blobstore.ErrNotFound) || errors.Is(err, ErrNotFound) {
+			last = err // another step was faster: what it retired or replaced is gone
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
-		reads, res.Maps = m.reads, res.Maps+m.stored
 		if reflect.DeepEqual(p.next, p.ret.clone(r.lineage)) {
 			res.More = res.More || more
 			return p, nil
@@ -168,6 +176,9 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 			res.Dropped = p.dropped
 			return p, nil
 		}
+	}
+	if last != nil {
+		return nil, last
 	}
 	return nil, fmt.Errorf("the record changed %d times: %w", maxRecordTries, ErrContention)
 }
