@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 
 	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/segment"
@@ -131,4 +133,34 @@ func TestDamageAfterReceiveIsFound(t *testing.T) {
 			require.Empty(t, s.bodies)
 		}
 	}
+}
+
+func TestCodecsByName(t *testing.T) {
+	for name, want := range map[string]segment.Compression{"auto": segment.Fast, "fast": segment.Fast, "small": segment.Small, "none": segment.None} {
+		require.Contains(t, shipping.CodecNames, name)
+		c, err := shipping.NewCodec(name, nil)
+		require.NoError(t, err)
+		require.Equal(t, want, c.Choose())
+	}
+	_, err := shipping.NewCodec("zip", nil)
+	require.ErrorContains(t, err, "auto, fast, small, none")
+	c, err := shipping.NewCodec("auto", nil)
+	require.NoError(t, err)
+	reader := sdkmetric.NewManualReader()
+	require.NoError(t, c.Observe(sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)).Meter("test"), "landfall_test"))
+	var got metricdata.ResourceMetrics
+	require.NoError(t, reader.Collect(t.Context(), &got))
+	sum := int64(0)
+	names := map[string]bool{}
+	for _, m := range got.ScopeMetrics[0].Metrics {
+		names[m.Name] = true
+		if g, ok := m.Data.(metricdata.Gauge[int64]); ok {
+			require.Len(t, g.DataPoints, 3)
+			for _, p := range g.DataPoints {
+				sum += p.Value
+			}
+		}
+	}
+	require.Equal(t, map[string]bool{"landfall_test_put_rate": true, "landfall_test_compression": true}, names)
+	require.EqualValues(t, 1, sum)
 }

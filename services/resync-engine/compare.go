@@ -40,6 +40,8 @@ const (
 	// maxBegins bounds how often a pass begins again because the head moved. Late commits are of tasks granted before;
 	// there is a handful of those.
 	maxBegins = 8
+	// maxDamaged is how often a window is read again because data changed between the host's checksum and the segment.
+	maxDamaged = 2
 )
 
 // Hosts finds the services of hosts; *rpc.Hosts does.
@@ -53,6 +55,7 @@ type comparer struct {
 	store   blobstore.Store
 	hosts   Hosts
 	pool    *shipping.Pool
+	codec   *shipping.Codec
 	clock   func() time.Time
 	metrics *metrics
 	logger  *slog.Logger
@@ -343,6 +346,14 @@ func (w *run) window(ctx context.Context, client changetrackerv1.ChangeTrackerSe
 	}
 	w.metrics.compared(ctx, v.Len, differing.Bytes())
 	packed, err := w.fetch(ctx, source, v, differing)
+	for range maxDamaged {
+		if !errors.Is(err, shipping.ErrDamaged) || ctx.Err() != nil {
+			break
+		}
+		w.metrics.resumed(ctx)
+		w.logger.WarnContext(ctx, "data was damaged on its way from the host, the window is read again", "disk", v.disk.ID, "error", err)
+		packed, err = w.fetch(ctx, source, v, differing)
+	}
 	if err != nil {
 		return err
 	}
@@ -429,7 +440,7 @@ func (w *run) fetch(ctx context.Context, source *shipping.Source, v window, diff
 			Lineage: w.r.Lineage().Bytes(), DiskID: v.disk.ID, Gen: v.disk.Gen, DiskSize: v.disk.Size,
 			Kind: segment.KindPass, Ordinal: w.t.GetPass(), Task: v.index,
 		},
-		Put: w.putSegment,
+		Codec: w.codec, Put: w.putSegment,
 	})
 	defer packer.Abort()
 	var ranges []extent.Range

@@ -2,10 +2,12 @@ package resyncengine
 
 import (
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/config"
 	"github.com/landfall-dr/landfall/libs/segment"
+	"github.com/landfall-dr/landfall/libs/shipping"
 )
 
 // Config of a resync-engine. Sizes are in bytes.
@@ -24,6 +26,8 @@ type Config struct {
 	SegmentBytes int `koanf:"segment_bytes" help:"stored size at which a segment is closed"`
 	// Buffers is how many segments may be in memory at once, over all tasks.
 	Buffers int `koanf:"buffers" help:"segments in memory at once"`
+	// Compression of segments: "auto" (by the measured rate of storage), "fast", "small" or "none".
+	Compression string `koanf:"compression" help:"auto, fast, small or none"`
 	// StreamResumes is how many broken streams in a row, without progress, are tried again.
 	StreamResumes int `koanf:"stream_resumes" help:"broken streams in a row that are tried again"`
 	// ResumeWait is the pause before the first resume; it doubles up to ResumeWaitMax.
@@ -48,7 +52,7 @@ type Config struct {
 func Default() Config {
 	return Config{
 		Concurrency: 2, WindowBytes: 512 << 20, Windows: 2, HashWorkers: 2,
-		SegmentBytes: segment.DefaultTarget, Buffers: 2,
+		SegmentBytes: segment.DefaultTarget, Buffers: 2, Compression: shipping.Auto,
 		StreamResumes: 5, ResumeWait: 200 * time.Millisecond, ResumeWaitMax: 5 * time.Second, StreamIdle: time.Minute,
 		HostTimeout: 15 * time.Second, StorageTimeout: 2 * time.Minute, DrainTimeout: 30 * time.Minute, RetryDelay: time.Second,
 		MemoryLimitBytes: 200 << 20,
@@ -71,6 +75,7 @@ func (c Config) Validate() error {
 	check(c.HashWorkers >= 1 && c.HashWorkers <= 16, "hash_workers", "%d, want 1 to 16", c.HashWorkers)
 	check(c.SegmentBytes >= 64<<10 && c.SegmentBytes <= segment.MaxTarget, "segment_bytes", "%d, want 64 KiB to %d", c.SegmentBytes, segment.MaxTarget)
 	check(c.Buffers >= 1 && c.Buffers <= 64, "buffers", "%d, want 1 to 64", c.Buffers)
+	check(slices.Contains(shipping.CodecNames, c.Compression), "compression", "%q, want auto, fast, small or none", c.Compression)
 	check(c.StreamResumes >= 0, "stream_resumes", "%d, want 0 or more", c.StreamResumes)
 	positive("resume_wait", int64(c.ResumeWait))
 	check(c.ResumeWaitMax >= c.ResumeWait, "resume_wait_max", "%s, want at least resume_wait", c.ResumeWaitMax)

@@ -72,11 +72,18 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the resync-engine: %w", err)
 	}
+	codec, err := shipping.NewCodec(config.Compression, deps.Clock)
+	if err == nil && deps.MeterProvider != nil {
+		err = codec.Observe(deps.MeterProvider.Meter("github.com/landfall-dr/landfall/services/resync-engine"), "landfall_resync_engine")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("build the resync-engine: %w", err)
+	}
 	return &Service{
 		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]string{},
 		comparer: &comparer{
 			config: config, store: deps.Store, hosts: deps.Hosts, pool: shipping.NewPool(config.Buffers, config.SegmentBytes),
-			clock: deps.Clock, metrics: m, logger: deps.Logger,
+			codec: codec, clock: deps.Clock, metrics: m, logger: deps.Logger,
 		},
 	}, nil
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/config"
 	"github.com/landfall-dr/landfall/libs/segment"
+	"github.com/landfall-dr/landfall/libs/shipping"
 )
 
 // Role is one part of the service.
@@ -96,7 +97,7 @@ func Default() Config {
 	return Config{
 		Roles: []Role{RoleShip, RoleApply, RoleRetain},
 		Ship: ShipConfig{
-			Concurrency: 4, DiskStreams: 3, SegmentBytes: segment.DefaultTarget, Buffers: 3, Compression: autoCompression,
+			Concurrency: 4, DiskStreams: 3, SegmentBytes: segment.DefaultTarget, Buffers: 3, Compression: shipping.Auto,
 			StreamResumes: 5, ResumeWait: 200 * time.Millisecond, ResumeWaitMax: 5 * time.Second,
 			StreamIdle: time.Minute, HostTimeout: 15 * time.Second, RetryDelay: time.Second,
 		},
@@ -130,8 +131,7 @@ func (c Config) Validate() error {
 	check(c.Ship.SegmentBytes >= 64<<10 && c.Ship.SegmentBytes <= segment.MaxTarget,
 		"ship.segment_bytes", "%d, want 64 KiB to %d", c.Ship.SegmentBytes, segment.MaxTarget)
 	check(c.Ship.Buffers >= 1 && c.Ship.Buffers <= 64, "ship.buffers", "%d, want 1 to 64", c.Ship.Buffers)
-	_, ok := compressions[c.Ship.Compression]
-	check(ok || c.Ship.Compression == autoCompression, "ship.compression", "%q, want auto, fast, small or none", c.Ship.Compression)
+	check(slices.Contains(shipping.CodecNames, c.Ship.Compression), "ship.compression", "%q, want auto, fast, small or none", c.Ship.Compression)
 	check(c.Ship.StreamResumes >= 0, "ship.stream_resumes", "%d, want 0 or more", c.Ship.StreamResumes)
 	positive("ship.resume_wait", int64(c.Ship.ResumeWait))
 	check(c.Ship.ResumeWaitMax >= c.Ship.ResumeWait, "ship.resume_wait_max", "%s, want at least ship.resume_wait", c.Ship.ResumeWaitMax)

@@ -81,8 +81,8 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
-	codec := newCodec(config.Ship.Compression, deps.Clock)
-	if err := observeCodec(deps.MeterProvider, codec); err != nil {
+	codec, err := newCodec(config.Ship.Compression, deps.Clock, deps.MeterProvider)
+	if err != nil {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
 	known := newReplicas(deps.Store)
