@@ -74,7 +74,7 @@ func help(t *testing.T, b *strings.Builder, command ...string) {
 func TestHelp(t *testing.T) {
 	var b strings.Builder
 	help(t, &b)
-	for _, c := range []string{"up", "hosts", "vms show", "protect", "unprotect", "status", "points", "pause", "resume", "resync", "failover test",
+	for _, c := range []string{"up", "hosts", "vms show", "protect", "unprotect", "status", "points", "points list", "points hold", "points release", "points clear-suspicion", "pause", "resume", "resync", "failover test",
 		"failover cleanup", "failover list", "policy get", "policy apply", "policy delete", "jobs show", "events", "hrl inspect", "disk info", "disk map",
 		"disk convert", "disk compare", "version"} {
 		require.Contains(t, b.String(), "$ landfall "+c+" --help\n")
@@ -143,6 +143,19 @@ func TestNoServer(t *testing.T) {
 	}
 	golden(t, "no-server.golden", b.String())
 	require.NoDirExists(t, absent)
+}
+
+// A machine that is named like a subcommand of points is reached all the same.
+func TestPointsOfAMachineNamedLikeACommand(t *testing.T) {
+	state := filepath.Join(t.TempDir(), "absent")
+	for _, args := range [][]string{{"points", "--", "open"}, {"points", "list", "open"}, {"points", "--limit", "3", "--", "hold"}, {"points", "sites/local/vms/hold"}} {
+		code, _, errOut := run(t, state, args...)
+		require.Equal(t, 1, code, "%v goes on to the server\n%s", args, errOut)
+		require.NotContains(t, errOut, "Usage:")
+	}
+	code, _, errOut := run(t, state, "points", "hold", "web-01", "--hold", "case-17")
+	require.Equal(t, 2, code)
+	require.Contains(t, errOut, "point")
 }
 
 // `landfall up` refuses what it cannot run with before it makes anything.

@@ -9,13 +9,17 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/landfall-dr/landfall/libs/errcat"
+	"github.com/landfall-dr/landfall/libs/policy"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -84,11 +88,67 @@ func (a *app) policyCommand() *cobra.Command {
 	return group("policy", "Replication policies: how often, how long", apply, get, remove)
 }
 
+// policyRows shows what holds, also where a policy says nothing: a value with a star is the default.
 func policyRows(w io.Writer, policies ...*schedulerv1.Policy) {
-	row(w, "POLICY", "COPY INTERVAL", "APPLICATION-CONSISTENT", "RETENTION", "PARALLEL UPLOADS")
+	row(w, "POLICY", "COPY INTERVAL", "APPLICATION-CONSISTENT", "KEEP ALL", "KEEP HOURLY", "RETENTION", "WRITE-ONCE", "SUSPICION", "APPLY DELAY", "PARALLEL UPLOADS")
 	for _, p := range policies {
-		row(w, last(p.Name), span(p.CopyInterval), span(p.AppConsistentInterval), span(p.Retention), p.ParallelUploads)
+		row(w, last(p.Name), span(p.CopyInterval), span(p.AppConsistentInterval), orDefault(p.KeepAll, policy.KeepAll(p)),
+			orDefault(p.KeepHourly, policy.KeepHourly(p)), orDefault(p.Retention, policy.Retention(p)), shortOr(p.WriteOnce), suspicion(p), applyDelay(p), parallel(p))
 	}
+	fmt.Fprintln(w, "* default")
+}
+
+// orDefault is a duration of a policy, or what its absence means.
+func orDefault(d *durationpb.Duration, def time.Duration) string {
+	if d.AsDuration() > 0 {
+		return short(d.AsDuration())
+	}
+	return short(def) + "*"
+}
+
+// short is a duration without the parts that are zero at its end: 24h, not 24h0m0s.
+func short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}
+
+// shortOr is a duration of a policy, or a dash.
+func shortOr(d *durationpb.Duration) string {
+	if d == nil {
+		return "-"
+	}
+	return short(d.AsDuration())
+}
+
+func suspicion(p *schedulerv1.Policy) string {
+	text := strconv.FormatFloat(policy.SuspicionFactor(p), 'g', -1, 64) + "x"
+	switch {
+	case policy.SuspicionFactor(p) == policy.SuspicionOff:
+		return "off"
+	case p.SuspicionFactor == 0:
+		return text + "*"
+	}
+	return text
+}
+
+func applyDelay(p *schedulerv1.Policy) string {
+	if p.ApplyDelay == nil {
+		return "by the store*"
+	}
+	return short(p.ApplyDelay.AsDuration())
+}
+
+func parallel(p *schedulerv1.Policy) string {
+	if p.ParallelUploads == 0 {
+		return strconv.Itoa(policy.ParallelUploads(p)) + "*"
+	}
+	return strconv.Itoa(int(p.ParallelUploads))
 }
 
 // readPolicy reads a policy; unknown keys are refused with their name.
@@ -157,7 +217,8 @@ func policyValues(m map[string]any) error {
 			return fmt.Errorf("unknown key %q: a policy has %s", key, strings.Join(known, ", "))
 		}
 	}
-	for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold", "app_consistent_interval"} {
+	for _, key := range []string{"copy_interval", "retention", "rpo_alert_threshold", "app_consistent_interval",
+		"keep_all", "keep_hourly", "write_once", "apply_delay"} {
 		v, ok := m[key]
 		if !ok {
 			continue

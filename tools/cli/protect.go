@@ -171,7 +171,7 @@ func (a *app) statusCommand() *cobra.Command {
 				}
 			}
 			return a.print(all, func(w io.Writer) {
-				row(w, "NAME", "STATE", "HEALTH", "RPO", "LAST POINT", "POINTS", "SHIPPED", "MISSED")
+				row(w, "NAME", "STATE", "HEALTH", "RPO", "LAST POINT", "POINTS", "SHIPPED", "MISSED", "BACKLOG")
 				for _, v := range all.Vms {
 					statusRow(w, v)
 				}
@@ -184,7 +184,20 @@ func (a *app) statusCommand() *cobra.Command {
 
 func statusRow(w io.Writer, v *schedulerv1.ProtectedVm) {
 	row(w, v.DisplayName, stateLabel(v.State), label(v.Health, "HEALTH_"), span(v.Rpo), stamp(v.LastPointTime),
-		v.GetCounters().GetPoints(), human(v.GetCounters().GetShippedBytes()), v.GetCounters().GetMissedCycles())
+		v.GetCounters().GetPoints(), human(v.GetCounters().GetShippedBytes()), v.GetCounters().GetMissedCycles(), backlog(v.ApplyBacklog))
+}
+
+// backlog is what waits to be applied: its stored bytes, and the minutes that a failover to the newest point waits for it.
+func backlog(b *typesv1.ApplyBacklog) string {
+	switch {
+	case b == nil:
+		return "-"
+	case b.Manifests == 0:
+		return "none"
+	case b.Estimate == nil:
+		return human(b.Bytes)
+	}
+	return fmt.Sprintf("%s, %.1f min", human(b.Bytes), b.Estimate.AsDuration().Minutes())
 }
 
 func describe(w io.Writer, v *schedulerv1.ProtectedVm) {
@@ -201,6 +214,13 @@ func describe(w io.Writer, v *schedulerv1.ProtectedVm) {
 	row(w, "RPO:", span(v.Rpo))
 	row(w, "Newest point:", fmt.Sprintf("%d at %s", v.LastPoint, stamp(v.LastPointTime)))
 	row(w, "Processed point:", v.ProcessedPoint)
+	row(w, "Apply backlog:", backlog(v.ApplyBacklog))
+	if s := v.Suspicion; s != nil {
+		row(w, "Suspected point:", fmt.Sprintf("%d at %s; retention stands still", s.Point, stamp(s.CutTime)))
+		if s.LastGoodPoint != 0 {
+			row(w, "  last good point:", fmt.Sprintf("%d at %s, pinned: %s", s.LastGoodPoint, stamp(s.LastGoodTime), yes(s.Pinned)))
+		}
+	}
 	if v.ResyncReason != typesv1.ResyncReason_RESYNC_REASON_UNSPECIFIED {
 		row(w, "Resync due:", label(v.ResyncReason, "RESYNC_REASON_"))
 	}
@@ -256,43 +276,6 @@ func (a *app) watchStatus(cmd *cobra.Command, args []string) error {
 			return err
 		}
 	}
-}
-
-func (a *app) pointsCommand() *cobra.Command {
-	var limit int
-	c := &cobra.Command{
-		Use: "points VM", Short: "List a machine's recovery points, newest first", Args: cobra.ExactArgs(1), Example: "  landfall points web-01 --limit 20",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx, cancel := a.call(cmd)
-			defer cancel()
-			client, err := a.protection(ctx)
-			if err != nil {
-				return err
-			}
-			all := &schedulerv1.ListRecoveryPointsResponse{}
-			for token := ""; ; {
-				r, err := client.ListRecoveryPoints(ctx, &schedulerv1.ListRecoveryPointsRequest{Vm: a.vmName(args[0]), PageSize: 1000, PageToken: token})
-				if err != nil {
-					return err
-				}
-				all.Points = append(all.Points, r.Points...)
-				if token = r.NextPageToken; token == "" || (limit > 0 && len(all.Points) >= limit) {
-					break
-				}
-			}
-			if limit > 0 && len(all.Points) > limit {
-				all.Points = all.Points[:limit]
-			}
-			return a.print(all, func(w io.Writer) {
-				row(w, "POINT", "TIME", "KIND", "CONSISTENCY", "STORED", "PROCESSED", "CHECKPOINT")
-				for _, p := range all.Points {
-					row(w, p.Ordinal, stamp(p.CutTime), label(p.Kind, "POINT_KIND_"), label(p.Consistency, "CONSISTENCY_"), human(p.StoredBytes), yes(p.Processed), yes(p.Checkpointed))
-				}
-			})
-		},
-	}
-	c.Flags().IntVar(&limit, "limit", 0, "at most this many; 0 lists all")
-	return c
 }
 
 func yes(b bool) string {
