@@ -339,6 +339,9 @@ func (s *Server) describe(q *request, f *family, v *version) map[string]string {
 	}
 	if q.snapshot == "" {
 		f.lease.headers(s.now(), h)
+		if s.opts.Versioning {
+			h["x-ms-version-id"], h["x-ms-is-current-version"] = v.modified.UTC().Format(snapshotTime), "true"
+		}
 	}
 	addMeta(h, v.meta)
 	return h

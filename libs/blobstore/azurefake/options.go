@@ -56,7 +56,8 @@ type Options struct {
 
 	// SoftDeleteDays is reported by Get Blob Service Properties; 0 is off.
 	SoftDeleteDays int
-	// Versioning adds x-ms-version-id to the answers that make a version.
+	// Versioning adds x-ms-version-id to the answers that make or describe a version: Get Blob Service Properties does not say
+	// whether versioning is on, in the service neither.
 	Versioning bool
 	// ImmutableFirst answers BlobImmutableDueToPolicy also to a create-only Put Blob on an existing blob; else that is
 	// BlobAlreadyExists. Which one the service gives is not documented.

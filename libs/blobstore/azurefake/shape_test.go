@@ -251,3 +251,16 @@ func (h *half) Seek(off int64, whence int) (int64, error) {
 	return n, err
 }
 func (*half) Close() error { return nil }
+
+func TestVersioningShows(t *testing.T) {
+	for _, on := range []bool{false, true} {
+		s := start(t, azurefake.Options{Versioning: on})
+		c := box(t, s, "versions")
+		r, err := c.NewBlockBlobClient("b").Upload(ctx(t), body([]byte("1")), nil)
+		require.NoError(t, err)
+		require.Equal(t, on, r.VersionID != nil)
+		p, err := c.NewBlobClient("b").GetProperties(ctx(t), nil)
+		require.NoError(t, err)
+		require.Equal(t, on, p.IsCurrentVersion != nil && *p.IsCurrentVersion)
+	}
+}
