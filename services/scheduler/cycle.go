@@ -16,6 +16,7 @@ import (
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/failpoint"
+	"github.com/landfall-dr/landfall/libs/policy"
 	"github.com/landfall-dr/landfall/libs/replica"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	hostproviderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/hostprovider/v1"
@@ -403,15 +404,24 @@ func (v *vmRun) sizes(ctx context.Context, seq replica.Seq) (stored, changed int
 	return stored, v.rec.GetCycle().GetChangeBytes()
 }
 
-// checkpointAge is how old the newest checkpoint may get before the next point applied becomes one: a failover replays
-// the journal above the nearest one.
-const checkpointAge = time.Hour
+// Bounds of how old the newest checkpoint may get before the next point applied becomes one: a failover replays the journal
+// above the nearest one, and nothing above the newest is ever retired.
+const (
+	maxCheckpointAge = time.Hour
+	minCheckpointAge = time.Minute
+)
+
+// checkpointAge is a quarter of the time for which every point is kept, within bounds: a short retention would keep far more
+// than it says otherwise.
+func checkpointAge(p *schedulerv1.Policy) time.Duration {
+	return min(max(policy.KeepAll(p)/4, minCheckpointAge), maxCheckpointAge)
+}
 
 // publishApply asks for the chain to be applied at least up to seq.
 func (v *vmRun) publishApply(ctx context.Context, seq uint64, what string, ordinal uint64) error {
 	id := fmt.Sprintf("%s/apply/%s/%d", v.rec.GetLineage(), what, ordinal)
 	return v.bus.PublishTask(ctx, bus.KindApply, v.site(), id, &uploaderv1.ApplyTask{
-		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), Sequence: seq, CheckpointAge: durationpb.New(checkpointAge),
+		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), Sequence: seq, CheckpointAge: durationpb.New(checkpointAge(v.policy)),
 		Delay: v.policy.GetApplyDelay(),
 	})
 }

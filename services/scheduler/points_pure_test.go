@@ -133,6 +133,12 @@ func TestRetentionDue(t *testing.T) {
 	}
 }
 
+func TestCheckpointAge(t *testing.T) {
+	for kept, want := range map[float64]time.Duration{0: time.Hour, 1: 15 * time.Minute, 0.01: time.Minute, 100: time.Hour} {
+		require.Equal(t, want, checkpointAge(&schedulerv1.Policy{Retention: hours(kept)}))
+	}
+}
+
 func TestPresentUsage(t *testing.T) {
 	table := pricing.Table{Name: "mine", Date: "2027-01", Currency: "EUR", BlockGiBMonth: 1, PageGiBMonth: 10, Writes10k: 100, PageWriteBytes: 1 << 20}
 	got := presentUsage(replica.Usage{

@@ -3,6 +3,8 @@ package cli
 import (
 	"bytes"
 	"io"
+	"os"
+	"strings"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -38,6 +40,29 @@ default  30s            -                       4h*       24h*         24h*     
 gold     1s             -                       12h       90h          240h       48h         off        1m30s          2
 * default
 `, got)
+}
+
+// The sample in the operators' page is a policy.
+func TestSamplePolicy(t *testing.T) {
+	page, err := os.ReadFile("../../docs/operations/retention.md")
+	require.NoError(t, err)
+	var sample []string
+	for line := range strings.Lines(string(page)) {
+		if text, ok := strings.CutPrefix(line, "    "); ok && (strings.HasPrefix(text, "name: gold") || len(sample) > 0) {
+			sample = append(sample, text)
+		} else if len(sample) > 0 {
+			break
+		}
+	}
+	require.Len(t, sample, 8)
+	a := &app{in: strings.NewReader(strings.Join(sample, ""))}
+	p, err := a.readPolicy("-")
+	require.NoError(t, err)
+	require.Equal(t, "policies/gold", p.GetName())
+	require.Equal(t, 7*24*time.Hour, p.GetKeepHourly().AsDuration())
+	require.Equal(t, 7*24*time.Hour, p.GetWriteOnce().AsDuration())
+	require.Equal(t, 2*time.Minute, p.GetApplyDelay().AsDuration())
+	require.EqualValues(t, 5, p.GetSuspicionFactor())
 }
 
 func TestPointTable(t *testing.T) {
