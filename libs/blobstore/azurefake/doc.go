@@ -28,7 +28,8 @@
 //     Set Blob Metadata, List Blobs (prefix, delimiter, marker, maxresults, startFrom, include), List Containers, Create,
 //     Delete (409 ContainerBeingDeleted for 30 s), Get Container Properties, Get Blob Service Properties, Get Account
 //     Information, Get User Delegation Key.
-//   - Lease Blob, Lease Container: every action and the tables of outcomes, by Options.Now.
+//   - Lease Blob, Lease Container: every action and the tables of outcomes, by Options.Now. Which 409 an action on an available
+//     lease gives is assumed: LeaseNotPresentWithLeaseOperation.
 //   - Specifying conditional headers: If-Match, If-None-Match, If-(Un)Modified-Since; 412 ConditionNotMet, 304 on reads, 409
 //     BlobAlreadyExists for a create-only Put Blob.
 //   - Immutable storage, container level (SetWriteOnce): 409 BlobImmutableDueToPolicy, or BlobImmutableDueToLegalHold, for

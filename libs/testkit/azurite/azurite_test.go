@@ -1,6 +1,7 @@
 package azurite_test
 
 import (
+	"errors"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -39,20 +40,16 @@ func TestStart(t *testing.T) {
 	require.NoDirExists(t, s.Folder())
 }
 
-func TestFolderIsKept(t *testing.T) {
+func TestEndsWithItsParent(t *testing.T) {
+	// Killing a parent needs a second process; the guard is what does the work, so this closes the pipe as a death would.
 	dir := t.TempDir()
 	s := azurite.Start(t, func(o *azurite.Options) { o.Folder = dir })
+	s.CloseStdin()
+	testkit.Eventually(t, 20*time.Second, func() bool { return s.Ended() }, "azurite outlives its parent")
 	require.NoError(t, s.Stop())
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
 	require.NoError(t, err)
-	require.NotEmpty(t, left)
-}
-
-func TestEndsWithItsParent(t *testing.T) {
-	// Killing a parent needs a second process; the guard is what does the work, so this closes the pipe as a death would.
-	s := azurite.Start(t)
-	s.CloseStdin()
-	testkit.Eventually(t, 20*time.Second, func() bool { return s.Ended() }, "azurite outlives its parent")
+	require.NotEmpty(t, left, "a folder that was given is kept")
 }
 
 func TestMissing(t *testing.T) {
@@ -64,10 +61,11 @@ func TestMissing(t *testing.T) {
 }
 
 func TestStartFailureIsExplained(t *testing.T) {
-	s := azurite.Start(t) // skips where it is missing
-	_ = s
 	file := filepath.Join(t.TempDir(), "f")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
 	_, err := azurite.Run(testkit.Context(t), azurite.Options{CertFile: file, KeyFile: file})
+	if errors.Is(err, azurite.ErrMissing) && os.Getenv("CI") != "true" {
+		t.Skip(err)
+	}
 	require.ErrorContains(t, err, "azurite ended at its start")
 }
