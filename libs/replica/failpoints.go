@@ -14,4 +14,8 @@ var (
 	fpAfterPageWrite   = failpoint.Register("replica/after-page-write")
 	fpBeforeCheckpoint = failpoint.Register("replica/before-checkpoint")
 	fpAfterCheckpoint  = failpoint.Register("replica/after-checkpoint")
+	fpBeforeRetention  = failpoint.Register("replica/before-retention")
+	fpAfterRetention   = failpoint.Register("replica/after-retention")
+	fpBeforeDelete     = failpoint.Register("replica/before-delete")
+	fpAfterDelete      = failpoint.Register("replica/after-delete")
 )

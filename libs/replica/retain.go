@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/failpoint"
 )
 
 // Tier is why a point is kept. A point may have several reasons; the first in the order of these constants is told.
@@ -167,8 +168,14 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 		if err := r.deleteFirst(ctx, o, now, res, p); err != nil {
 			return nil, err
 		}
+		if err := failpoint.Hit(fpBeforeRetention); err != nil {
+			return nil, err
+		}
 		won, err := r.putRecord(ctx, p.next)
 		if err != nil {
+			return nil, err
+		}
+		if err := failpoint.Hit(fpAfterRetention); err != nil {
 			return nil, err
 		}
 		if won || r.bugs.LostRaceDeletes {

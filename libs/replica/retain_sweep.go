@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/failpoint"
 )
 
 // Kinds of what a sweep deletes.
@@ -101,7 +102,13 @@ func (b *batch) flush(ctx context.Context) error {
 	refused := 0
 	err := s.parallel(ctx, len(b.items), func(ctx context.Context, i int) error {
 		p := b.items[i]
+		if err := failpoint.Hit(fpBeforeDelete); err != nil {
+			return err
+		}
 		err := b.c.Delete(ctx, p.Name, blobstore.Conditions{})
+		if ferr := failpoint.Hit(fpAfterDelete); ferr != nil {
+			return ferr
+		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		switch {
@@ -215,7 +222,7 @@ func (s *sweeper) checkpoints(ctx context.Context) error {
 		if n, ok := seqOfName(p.Name, ckptPrefix); ok && ret.givesUpCheckpoint(n) {
 			gone = append(gone, p)
 		}
-		return len(gone) > s.left, nil
+		return false, nil
 	}); err != nil {
 		return err
 	}
