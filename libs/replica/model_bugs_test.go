@@ -30,7 +30,7 @@ var modelBugs = []struct {
 	{name: "rewind not computed again", bugs: bugs{RewindNotComputedAgain: true}, by: "^S2", from: 214},
 	// Others.
 	{name: "no base below the state ordinal", bugs: bugs{NoBaseRule: true}, by: "^S1"},
-	{name: "stale task", bugs: bugs{StaleTask: true}, by: "^S1"},
+	{name: "stale task", bugs: bugs{StaleTask: true}, by: "^(S1|R24)"},
 	{name: "extent cooled by a flush", host: hostBugs{CooledByFlush: true}, by: "^S1"},
 	{name: "log data older than its mark", host: hostBugs{OldLogData: true}, by: "^S1"},
 	{name: "cut after it was given up", host: hostBugs{CutAfterGiven: true}, by: "^S6"},
@@ -45,10 +45,10 @@ var modelBugs = []struct {
 	{name: "record put without If-Match", bugs: bugs{NoIfMatch: true}, by: "^(S8|R24)"},
 	{name: "staging deleted before its checkpoint", bugs: bugs{StagingEarly: true}, by: "^S[48]"},
 	{name: "unnamed snapshot deleted without a void record", bugs: bugs{SnapshotWithoutVoid: true}, by: "^(R23|S7)"},
-	{name: "segments of a rewind at work deleted", bugs: bugs{RewindOrphansAnytime: true}, by: "^S1"},
+	{name: "segments of a rewind at work deleted", bugs: bugs{RewindOrphansAnytime: true}, by: "^(S1|R24)"},
 	{name: "fence of anybody", bugs: bugs{AnyFence: true}, by: "^S3"},
 	{name: "snapshot of a disk that moved", bugs: bugs{SnapshotAnyETag: true}, by: "^S7"},
-	{name: "number read before the lease", bugs: bugs{NumberBeforeLease: true}, by: "^S4"},
+	{name: "number read before the lease", bugs: bugs{NumberBeforeLease: true}, by: "^S4|numbers never fall"},
 	{name: "mark of a comparing pass anywhere", host: hostBugs{MarkAnywhere: true}, by: "^S1"},
 	{name: "any rewind is this one", bugs: bugs{RewindTrustsAnyRewind: true}, by: "^S[25]"},
 }

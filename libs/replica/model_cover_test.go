@@ -100,7 +100,7 @@ var modelBranches = []string{
 	"S8 a pinned point read", "S8 a point read without a pin", "S8 a point retired while it was read",
 	"deleted: a snapshot", "deleted: checkpoints", "deleted: manifests", "deleted: orphans", "deleted: segments", "deleted: staging",
 	"paused: a failover came and went", "paused: applier whose lease ended", "paused: apply while the chain grew", "paused: apply while something was retired",
-	"paused: orch", "paused: read while something was retired", "paused: retain while something was retired", "paused: retain while the chain grew",
+	"paused: between segments and manifest", "paused: orch", "paused: read while something was retired", "paused: retain while something was retired", "paused: retain while the chain grew",
 	"paused: scheduler", "paused: ship while something was retired", "paused: ship while the chain grew",
 	"planned failover cancelled before its close", "planned failover lost nothing",
 	"source: bitmap", "source: bitmap lost", "source: frozen ranges", "source: write log",

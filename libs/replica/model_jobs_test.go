@@ -272,13 +272,18 @@ func (w *world) end() {
 	if w.failed != nil {
 		return
 	}
+	w.awake = true
 	if sleeper != nil {
 		w.wake(sleeper)
-		for w.awake = true; sleeper.busy; {
+		for sleeper.busy {
 			w.step(sleeper)
 		}
-		w.awake, sleeper.r, sleeper.applier = false, nil, nil
+		sleeper.r, sleeper.applier = nil, nil
 	}
+	for len(w.held) > 0 && w.failed == nil {
+		w.alone("ship-2", w.actor("ship-2").heldJob())
+	}
+	w.awake = false
 	w.planned, w.host.fenced = nil, false
 	w.host.write()
 	if !w.cycleAlone(25) {

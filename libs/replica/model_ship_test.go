@@ -27,9 +27,40 @@ func (a *actor) shipJob(t *modelTask) job {
 		} else if len(p) == 0 {
 			a.w.hit("R11 an empty partial")
 		}
-		res, err := r.Commit(ctx, prop)
+		return a.commit(ctx, r, t, prop)
+	}
+}
+
+// held is a task whose worker sleeps between its segments and its manifest, and wakes up in some process later.
+type held struct {
+	t    *modelTask
+	prop Proposal
+}
+
+// commit proposes, or falls asleep before.
+func (a *actor) commit(ctx context.Context, r *Replica, t *modelTask, p Proposal) error {
+	if w := a.w; !w.quiet && !w.awake && w.rng.IntN(8) == 0 {
+		w.held = append(w.held, held{t, p})
+		return nil
+	}
+	res, err := r.Commit(ctx, p)
+	if err == nil {
+		a.w.check.committed(t, res)
+	}
+	return err
+}
+
+// heldJob wakes one of them.
+func (a *actor) heldJob() job {
+	w := a.w
+	i := w.rng.IntN(len(w.held))
+	h := w.held[i]
+	w.held = append(w.held[:i], w.held[i+1:]...)
+	w.hit("paused: between segments and manifest")
+	return func(ctx context.Context, r *Replica) error {
+		res, err := r.Commit(ctx, h.prop)
 		if err == nil {
-			a.w.check.committed(t, res)
+			w.check.committed(h.t, res)
 		}
 		return err
 	}
@@ -45,7 +76,7 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 	}
 	if t.pass.I == 1 {
 		p.At = st.Head + 1
-		for range 3 { // it waits for a snapshot at the head
+		for range 5 { // it waits for a snapshot at the head
 			if _, err := r.store.Now(ctx); err != nil {
 				return err
 			}
@@ -104,8 +135,7 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 	if p.Disks, err = a.ship(ctx, r, t, live); err != nil {
 		return err
 	}
-	_, err = r.Commit(ctx, p)
-	return err
+	return a.commit(ctx, r, t, p)
 }
 
 // chainAt reads a disk with the code a resync engine uses; a disk the chain does not know yet is empty.

@@ -36,6 +36,7 @@ type world struct {
 	events  chan event
 	late    []func() // effects of storage calls still on the wire
 	touched map[string]bool
+	held    []held
 	marks   map[Ordinal]Seq    // what comparing passes compare with
 	segs    map[string]content // every segment ever built, by name
 	check   checker
@@ -435,7 +436,9 @@ func (w *world) turn(a *actor) {
 			w.start(a, a.readJob())
 		}
 	default:
-		if t := w.anyTask(); t != nil {
+		if len(w.held) > 0 && w.rng.IntN(8) == 0 {
+			w.start(a, a.heldJob())
+		} else if t := w.anyTask(); t != nil {
 			w.start(a, a.shipJob(t))
 		}
 	}
