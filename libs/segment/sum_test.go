@@ -118,7 +118,7 @@ func TestZerosLeftOut(t *testing.T) {
 // What is said about churn does not depend on the codec.
 func TestIncompressible(t *testing.T) {
 	for kind, share := range map[string]float64{"random": 1, "text": 0, "mixed": 0.5, "base64": 0} {
-		p := benchData(kind, 2<<20)
+		p := benchData(kind, 512<<10)
 		for _, comp := range []segment.Compression{segment.Fast, segment.Small, segment.None} {
 			w, err := segment.NewWriter(header(int64(len(p))), nil, segment.Options{Compression: comp})
 			require.NoError(t, err)

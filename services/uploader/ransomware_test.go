@@ -1,8 +1,6 @@
 package uploader_test
 
 import (
-	"context"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -11,12 +9,10 @@ import (
 
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/replica"
-	"github.com/landfall-dr/landfall/libs/shipping"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	"github.com/landfall-dr/landfall/libs/testkit/hosttest"
 	eventsv1 "github.com/landfall-dr/landfall/proto/gen/landfall/events/v1"
 	uploaderv1 "github.com/landfall-dr/landfall/proto/gen/landfall/uploader/v1"
-	"github.com/landfall-dr/landfall/services/uploader"
 )
 
 func suspected() *eventsv1.RecoveryPointSuspected { return &eventsv1.RecoveryPointSuspected{} }
@@ -33,7 +29,7 @@ func newGuest(t *testing.T) *guest {
 	g := &guest{Site: newSite(t, memory(t)), t: t, next: 2}
 	g.Host.AddDisk("files", hosttest.NewImage(96<<20))
 	c := config()
-	c.Ship.SegmentBytes = 8 << 20
+	c.Ship.SegmentBytes, c.Ship.Compression = 8<<20, "fast"
 	run(t, g.Site, c)
 	replicate(t, g.Site)
 	return g
@@ -115,48 +111,4 @@ func TestRansomwareIsSuspected(t *testing.T) {
 	require.Equal(t, replica.Ordinal(good), points[len(points)-4].Ordinal)
 	require.EqualValues(t, 2<<20, points[len(points)-4].Signals.Changed)
 	g.RequirePoint(good)
-}
-
-// A bit flips in the shipper's memory after the run was received: the task reads it again and the point is right. When it
-// flips every time the task fails, and nothing is committed.
-func TestDamageInTheShipperIsReadAgain(t *testing.T) {
-	s := newSite(t, memory(t))
-	var flips atomic.Int32
-	service, err := uploader.New(config(), uploader.Deps{
-		Bus: s.Connect("uploader"), Store: s.Store, Hosts: s.Hosts("uploader"), Logger: testkit.Logger(t),
-	})
-	require.NoError(t, err)
-	service.DamageRuns(func(r shipping.Run) {
-		if r.Data != nil && flips.Load() > 0 && flips.Add(-1) >= 0 {
-			r.Data[len(r.Data)/2] ^= 2
-		}
-	})
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- service.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		require.NoError(t, <-done)
-	})
-	replicate(t, s)
-	s.Host.Write("os", 0, random(1<<20, 5))
-	flips.Store(1)
-	ship(t, s, 3, point)
-	requireNoFailure(t, s)
-	s.RequirePoint(3)
-	require.LessOrEqual(t, flips.Load(), int32(0))
-
-	s.Host.Write("os", 0, random(1<<20, 6))
-	flips.Store(1 << 20)
-	task := s.PointTask(4, s.Host.Cut(4), 1, point)
-	s.Publish(bus.KindShip, task)
-	e := hosttest.Await(s, "ship.failed", failed, anyFailure)
-	require.Equal(t, "HOST_UNREACHABLE", e.GetError().GetReason(), e.GetError().GetWhat())
-	require.Contains(t, e.GetError().GetWhat(), "checksum")
-	awaitIdle(t, s, bus.KindShip)
-	require.Equal(t, "point 3", chain(t, s)[len(chain(t, s))-1])
-	flips.Store(0)
-	s.Publish(bus.KindShip, task)
-	awaitPoint(s, 4)
-	s.RequirePoint(4)
 }
