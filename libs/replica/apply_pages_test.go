@@ -468,3 +468,114 @@ func TestPagesEqualFold(t *testing.T) {
 }
 
 func zeros(p []byte) bool { return len(bytes.Trim(p, "\x00")) == 0 }
+
+// TestStalePatch: an applier that read what lies between its ranges, and was overtaken before it wrote, writes nothing: old
+// bytes never go over newer ones.
+func TestStalePatch(t *testing.T) {
+	y := newYard(t, 1<<20, azureCost)
+	rng := rand.New(rand.NewPCG(1, 2))
+	y.commit(KindBase, []put{{off: 0, n: y.size, data: noise(rng, y.size)}})
+	y.apply()
+	dense := func(at int64) (out []put) {
+		for off := at; off < y.size; off += 16 << 10 {
+			out = append(out, put{off: off, n: 4096, data: noise(rng, 4096)})
+		}
+		return out
+	}
+	y.commit(KindPoint, dense(0))
+	reads, stolen := 0, false
+	f := blobstoretest.NewFaulty(y.mem, nil)
+	slow, err := Open(t.Context(), f, testLineage)
+	require.NoError(t, err)
+	f.SetHook(func(op blobstoretest.Op, _, _ string) blobstoretest.Fault {
+		switch {
+		case op == blobstoretest.OpReadPages:
+			reads++
+		case op == blobstoretest.OpWritePages && reads > 0 && !stolen:
+			stolen = true // it holds old bytes of the gaps; they change now
+			y.commit(KindPoint, dense(8<<10))
+			y.apply()
+		}
+		return blobstoretest.None
+	})
+	a, err := NewApplier(slow, ApplierOptions{Footer: testFooter, Parallel: 1, RequestBytes: azureCost})
+	require.NoError(t, err)
+	_, err = a.Advance(t.Context(), 0)
+	require.ErrorIs(t, err, ErrLeaseLost)
+	require.True(t, stolen)
+	y.check()
+	_, err = a.Advance(t.Context(), 0)
+	require.NoError(t, err, "it reads again and goes on")
+	y.check()
+}
+
+// TestYield: Advance ends between batches when it is asked to, at rest, and goes on where it was.
+func TestYield(t *testing.T) {
+	y := newYard(t, 1<<20, 0)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 4 {
+		y.commit(map[bool]Kind{true: KindBase, false: KindPoint}[y.o == 0], []put{{off: 4096 * int64(y.o), n: 4096, data: noise(rng, 4096)}})
+	}
+	a, err := NewApplier(y.r, ApplierOptions{Footer: testFooter, Parallel: 1, MaxBatchBytes: 1, Yield: func() bool { return true }})
+	require.NoError(t, err)
+	for want := Seq(1); want <= 4; want++ {
+		p, err := a.Advance(t.Context(), 0)
+		require.NoError(t, err)
+		require.Equal(t, want, p.Applied)
+		require.Equal(t, want < 4, p.Yielded)
+		require.EqualValues(t, 1, p.Batches)
+		b, err := y.r.Backlog(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, want, b.Applied)
+		require.Equal(t, 4-int(want), b.Manifests)
+		require.Equal(t, 4-int(want), b.Points)
+		require.Equal(t, want < 4, b.Bytes > 0)
+		require.True(t, b.Based)
+		require.False(t, b.Due)
+	}
+	y.check()
+}
+
+// TestPace: estimates follow what batches took, and assume the limits of a page blob before the first.
+func TestPace(t *testing.T) {
+	var p pace
+	requests, took := p.estimate(600 << 20)
+	require.InDelta(t, 5000, requests, 1)
+	require.Equal(t, 10*time.Second, took)
+	for range 20 {
+		p.observe(64<<20, 1<<14, 32*time.Second) // 2 MiB/s, 4 KiB a request
+	}
+	requests, took = p.estimate(1 << 30)
+	require.InDelta(t, 1<<18, requests, 1<<10)
+	require.InDelta(t, 512, took.Seconds(), 1)
+	for range 20 {
+		p.observe(256<<20, 64, 4*time.Second)
+	}
+	_, took = p.estimate(1 << 30)
+	require.InDelta(t, 16, took.Seconds(), 2, "what is old is forgotten")
+}
+
+// BenchmarkApplyScattered applies 64 MiB of 4 KiB blocks over a store that answers at once, by what a request is worth.
+func BenchmarkApplyScattered(b *testing.B) {
+	const disk = 512 << 20
+	for _, cost := range []int64{0, azureCost} {
+		b.Run(fmt.Sprintf("request-worth-%dK", cost>>10), func(b *testing.B) {
+			y := newYard(b, disk, cost)
+			rng := rand.New(rand.NewPCG(1, 2))
+			y.commit(KindBase, []put{{off: 0, n: 4096, data: noise(rng, 4096)}})
+			y.apply()
+			puts := scatter(rng, 64<<20/4096, 4096, disk)
+			var requests int64
+			b.SetBytes(64 << 20)
+			for b.Loop() {
+				b.StopTimer()
+				y.commit(KindPoint, puts)
+				b.StartTimer()
+				p, err := y.applier(16).Advance(context.Background(), 0)
+				require.NoError(b, err)
+				requests += p.Requests
+			}
+			b.ReportMetric(float64(requests)/float64(b.N), "requests/op")
+		})
+	}
+}
