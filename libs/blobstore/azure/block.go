@@ -118,6 +118,9 @@ func (c *ctr) putOnce(ctx context.Context, op, name string, src *source, id stri
 			r, err := b.Upload(ctx, body, &blockblob.UploadOptions{
 				Metadata: header(nil, id), TransactionalValidation: sum, AccessConditions: access(cond),
 			})
+			if r.VersionID != nil {
+				c.s.versions.Store(true)
+			}
 			p = blobstore.Properties{Name: name, Size: src.size, ETag: tag(r.ETag), LastModified: stamp(r.LastModified)}
 			return err
 		})

@@ -22,6 +22,7 @@ type call struct {
 	name  string // container/blob, or container, or ""
 	blob  bool   // name is a blob: its window applies
 	pages bool   // and it is a page blob: its rates apply
+	read  bool   // bytes are the answer's
 	bytes int64  // of the body or of the answer
 }
 
@@ -55,7 +56,7 @@ func (s *Store) call(ctx context.Context, c call, fn func(ctx context.Context) e
 	if err := s.ready(ctx); err != nil {
 		return false, s.wrap(c.op, c.name, err)
 	}
-	req := pace.Request{Bytes: c.bytes, Pages: c.pages}
+	req := pace.Request{Bytes: c.bytes, Read: c.read, Pages: c.pages}
 	if c.blob {
 		req.Blob = c.name
 	}
@@ -71,7 +72,7 @@ func (s *Store) call(ctx context.Context, c call, fn func(ctx context.Context) e
 		}
 		lost = lost || v.maybe
 		switch {
-		case ctx.Err() != nil:
+		case ctx.Err() != nil && !answered(v.err):
 			return lost, s.wrap(c.op, c.name, fmt.Errorf("%w: %w", ctx.Err(), withoutContext(v.err)))
 		case !v.again:
 			return lost, s.wrap(c.op, c.name, v.err)
@@ -117,6 +118,12 @@ func (s *Store) try(ctx context.Context, c call, n int, slot *pace.Slot, fn func
 		s.opts.OnRequest(Request{Op: c.op, Blob: c.name, Bytes: c.bytes, Try: n, Took: time.Since(began), Err: v.err, Lost: v.maybe, Limited: v.throttle})
 	}
 	return v
+}
+
+// answered tells whether the service said something: then that is what is known, whatever became of the context since.
+func answered(err error) bool {
+	var e *ServiceError
+	return errors.As(err, &e)
 }
 
 // withoutContext keeps the text of an error that is itself the end of a context out of the way of the real reason.

@@ -76,6 +76,7 @@ type Store struct {
 	clock    clock
 	infos    infoCache
 	checksum atomic.Int32 // of type summing: what uploads carry
+	versions atomic.Bool  // an answer named a version
 	closed   atomic.Bool
 	buffers  sync.Pool // of *[]byte with pieceSize bytes
 	single   int64     // largest blob that is put in one request, in bytes
@@ -202,8 +203,6 @@ func (s *Store) connect(conn connection, do Doer) error {
 		s.client, err = service.NewClientWithSharedKeyCredential(conn.url, key, &opts)
 	case conn.sas != "":
 		s.client, err = service.NewClientWithNoCredential(conn.url+"?"+conn.sas, &opts)
-	case s.settings.Kind() == SAS:
-		s.client, err = service.NewClientWithNoCredential(conn.url+"?"+strings.TrimPrefix(s.settings.SAS.Reveal(), "?"), &opts)
 	default:
 		cred := s.opts.Credential
 		if cred == nil {

@@ -48,7 +48,7 @@ type piece struct {
 // fetch reads len(buf) bytes from off, or up to the blob's end. match binds it to one version.
 func (c *ctr) fetch(ctx context.Context, op, name string, b *blob.Client, pages bool, off int64, buf []byte, match blobstore.ETag) (piece, error) {
 	var p piece
-	_, err := c.s.call(ctx, call{op: op, name: c.key(name), blob: true, pages: pages, bytes: int64(len(buf))}, func(ctx context.Context) error {
+	_, err := c.s.call(ctx, call{op: op, name: c.key(name), blob: true, pages: pages, read: true, bytes: int64(len(buf))}, func(ctx context.Context) error {
 		if summing(c.s.checksum.Load()) == sumCRC64 {
 			ctx = context.WithValue(ctx, wantSum{}, true)
 		}

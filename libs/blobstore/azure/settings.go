@@ -2,6 +2,7 @@ package azure
 
 import (
 	"errors"
+	"net"
 	"net/url"
 	"os"
 	"strings"
@@ -225,7 +226,10 @@ func (s Settings) endpoint(account string) (connection, error) {
 		if from.url == "" {
 			return from, config.Bad("url", "must be set: https://ACCOUNT.blob.core.windows.net")
 		}
-		return from, nil
+		return from, from.check()
+	}
+	if s.Kind() == SAS {
+		from.sas = strings.TrimPrefix(s.SAS.Reveal(), "?")
 	}
 	u, err := url.Parse(account)
 	switch {
@@ -246,7 +250,7 @@ func (s Settings) endpoint(account string) (connection, error) {
 		return from, config.Bad("url", "%s cannot be used over plain http: the SDK refuses to send a token without TLS; use https, or a connection string or SAS for an emulator", kind)
 	}
 	from.url = given
-	return from, nil
+	return from, from.check()
 }
 
 // connection is what a connection string says.
@@ -255,6 +259,18 @@ type connection struct {
 	account string
 	key     string // base64; "" is none
 	sas     string
+}
+
+// check refuses to show a signature to everybody on the way. A key does not travel.
+func (c connection) check() error {
+	u, err := url.Parse(c.url)
+	if err != nil || u.Scheme != "http" || c.key != "" {
+		return nil
+	}
+	if ip := net.ParseIP(u.Hostname()); u.Hostname() == "localhost" || ip != nil && ip.IsLoopback() {
+		return nil
+	}
+	return config.Bad("url", "a SAS over plain http can be used by whoever sees it on the way: use https, or for an emulator elsewhere its key")
 }
 
 // parseConnectionString reads one. Errors name keys, never values.

@@ -327,6 +327,23 @@ func TestThrottled(t *testing.T) {
 	require.EqualValues(t, 160*512, st.Valid)
 }
 
+func TestFacts(t *testing.T) {
+	srv := fake(t, azurefake.Options{SoftDeleteDays: 7, Versioning: true})
+	s, ctx := open(t, connString(srv.ConnectionString()), Options{}), t.Context()
+	f, err := s.Facts(ctx)
+	require.NoError(t, err)
+	require.Equal(t, 7, f.SoftDeleteDays)
+	require.NotEmpty(t, f.SKU)
+	require.False(t, f.Versioning)
+	require.NoError(t, s.CreateContainer(ctx, "abc"))
+	_, err = s.Container("abc").Put(ctx, "a", strings.NewReader("x"), 1, blobstore.Conditions{})
+	require.NoError(t, err)
+	f, err = s.Facts(ctx)
+	require.NoError(t, err)
+	require.True(t, f.Versioning)
+	require.Equal(t, Load{Limit: 8}, s.Load())
+}
+
 // TestLargeRanges: more ranges than the service lists at once.
 func TestLargeRanges(t *testing.T) {
 	srv := fake(t, azurefake.Options{PageBlobRequests: -1, PageBlobBytes: -1})
@@ -335,7 +352,7 @@ func TestLargeRanges(t *testing.T) {
 	s, ctx := open(t, set, Options{}), t.Context()
 	require.NoError(t, s.CreateContainer(ctx, "abc"))
 	c := s.Container("abc")
-	const n = 10_200
+	const n = 10_050
 	_, err := c.CreatePages(ctx, "p", 2*n*512, nil, blobstore.Conditions{})
 	require.NoError(t, err)
 	for at := int64(0); at < 2*n*512; at += 4 << 20 { // whole, then holes

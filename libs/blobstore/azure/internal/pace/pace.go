@@ -77,7 +77,8 @@ func New(l Limits) *Pacer {
 type Request struct {
 	Blob  string // "" when it is about no blob
 	Pages bool   // it is about a page blob: the buckets apply
-	Bytes int64  // of its body or of its answer's
+	Read  bool   // Bytes are the answer's
+	Bytes int64  // of its body or of its answer's; the latency of requests without any says too little to judge it
 }
 
 // Slot is the right to have one request in flight.
@@ -124,9 +125,9 @@ func (p *Pacer) Acquire(ctx context.Context, req Request) (*Slot, error) {
 // Done ends the request.
 func (s *Slot) Done(o Outcome) {
 	took := s.p.limits.Now().Sub(s.began)
-	s.p.account.release(s.era, o, s.req.Bytes, took)
+	s.p.account.release(s.era, o, s.req, took)
 	if s.b != nil {
-		s.b.window.release(s.blobEra, o, s.req.Bytes, took)
+		s.b.window.release(s.blobEra, o, s.req, took)
 		s.p.leave(s.b)
 	}
 }

@@ -17,6 +17,8 @@ const (
 	quietLatency = 40 * time.Millisecond
 	// floorDrift makes the remembered floor rise by this share with each window, so that a longer route is learned.
 	floorDrift = 0.02
+	// sizes is how many powers of two of 16 KiB are told apart.
+	sizes = 10
 )
 
 // window bounds requests in flight by additive increase and multiplicative decrease.
@@ -30,7 +32,7 @@ type window struct {
 	acked    int       // good answers since the limit last changed
 	full     bool      // the limit was reached since it last changed
 	cuts     uint64
-	classes  [10]class // latencies by size
+	classes  [2 * sizes]class // latencies of writes, then of reads, by size
 }
 
 // class is what is known about answers of one size.
@@ -85,7 +87,7 @@ func (w *window) cancel() {
 	w.wake()
 }
 
-func (w *window) release(era uint64, o Outcome, size int64, took time.Duration) {
+func (w *window) release(era uint64, o Outcome, req Request, took time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.inflight--
@@ -95,7 +97,7 @@ func (w *window) release(era uint64, o Outcome, size int64, took time.Duration) 
 			w.cut()
 		}
 	case o == OK && era == w.era:
-		if w.slow(size, took) {
+		if w.slow(req, took) {
 			w.cut()
 			break
 		}
@@ -110,8 +112,15 @@ func (w *window) release(era uint64, o Outcome, size int64, took time.Duration) 
 }
 
 // slow judges the mean latency of answers of one size, once for each window.
-func (w *window) slow(size int64, took time.Duration) bool {
-	c := &w.classes[min(bits.Len64(uint64(size)>>14), len(w.classes)-1)]
+func (w *window) slow(req Request, took time.Duration) bool {
+	if req.Bytes <= 0 {
+		return false
+	}
+	at := min(bits.Len64(uint64(req.Bytes)>>14), sizes-1)
+	if req.Read {
+		at += sizes
+	}
+	c := &w.classes[at]
 	c.sum += took
 	if c.n++; c.n < max(minJudged, int(w.limit)) {
 		return false
