@@ -42,6 +42,9 @@ var (
 	// ErrCredentials: the store does not accept who the caller says to be: wrong, expired, revoked or, with a clock
 	// that is off, not yet valid credentials.
 	ErrCredentials = errors.New("storage credentials refused")
+	// ErrClockSkew: the credentials are refused because the caller's clock is far from the store's. errors.Is(err, ErrCredentials)
+	// holds as well.
+	ErrClockSkew = fmt.Errorf("clocks too far apart: %w", ErrCredentials)
 	// ErrPermission: the caller is known and lacks the right for this operation.
 	ErrPermission = errors.New("storage operation not permitted")
 	// ErrWriteOnce: a write-once policy or a legal hold forbids to overwrite or delete this blob now.

@@ -21,6 +21,7 @@ var reasons = []struct {
 	err    error
 	reason typesv1.ErrorReason
 }{
+	{blobstore.ErrClockSkew, typesv1.ErrorReason_ERROR_REASON_STORAGE_CLOCK_SKEW},
 	{blobstore.ErrCredentials, typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS},
 	{blobstore.ErrPermission, typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION},
 	{blobstore.ErrNoContainer, typesv1.ErrorReason_ERROR_REASON_STORAGE_CONTAINER_MISSING},
@@ -71,7 +72,7 @@ func Of(err error) (typesv1.ErrorReason, bool) {
 func Refused(err error) (typesv1.ErrorReason, bool) {
 	reason, _ := Of(err)
 	switch reason {
-	case typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS, typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION,
+	case typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS, typesv1.ErrorReason_ERROR_REASON_STORAGE_CLOCK_SKEW, typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION,
 		typesv1.ErrorReason_ERROR_REASON_STORAGE_CONTAINER_MISSING, typesv1.ErrorReason_ERROR_REASON_STORAGE_FULL:
 		return reason, true
 	}

@@ -22,6 +22,7 @@ func TestOf(t *testing.T) {
 		refused bool
 	}{
 		{blobstore.ErrCredentials, "STORAGE_CREDENTIALS", true},
+		{blobstore.ErrClockSkew, "STORAGE_CLOCK_SKEW", true},
 		{blobstore.ErrPermission, "STORAGE_PERMISSION", true},
 		{blobstore.ErrNoContainer, "STORAGE_CONTAINER_MISSING", true},
 		{replica.ErrNoLineage, "STORAGE_CONTAINER_MISSING", true},

@@ -161,7 +161,11 @@ func judge(err error, local time.Time) verdict {
 			if code := aadCode.FindString(auth.Error()); code != "" {
 				hint += ", " + code
 			}
-			return verdict{err: &ServiceError{Status: r.StatusCode, Code: "AuthenticationFailed", Hint: hint + skew(r, local), Kind: blobstore.ErrCredentials}}
+			e := &ServiceError{Status: r.StatusCode, Code: "AuthenticationFailed", Hint: hint, Kind: blobstore.ErrCredentials}
+			if off := skew(r, local); off != "" {
+				e.Kind, e.Hint = blobstore.ErrClockSkew, hint+off
+			}
+			return verdict{err: e}
 		}
 		return verdict{err: fmt.Errorf("ask the identity provider: %w", transport(err)), again: true}
 	}
@@ -225,7 +229,9 @@ func judgeAnswer(status int, code string, raw *http.Response, local time.Time) v
 		}
 	}
 	if errors.Is(e.Kind, blobstore.ErrCredentials) {
-		e.Hint += skew(raw, local)
+		if off := skew(raw, local); off != "" {
+			e.Kind, e.Hint = blobstore.ErrClockSkew, e.Hint+off
+		}
 	}
 	return v
 }

@@ -149,6 +149,7 @@ func TestClockOff(t *testing.T) {
 		s := open(t, connString(srv.ConnectionString()), Options{})
 		err := s.CreateContainer(t.Context(), "abc")
 		require.ErrorIs(t, err, blobstore.ErrCredentials)
+		require.ErrorIs(t, err, blobstore.ErrClockSkew)
 		require.ErrorContains(t, err, want)
 		at, err := s.Now(t.Context())
 		require.NoError(t, err, "storage time is known from the refusal")
@@ -158,6 +159,7 @@ func TestClockOff(t *testing.T) {
 	text := strings.Replace(srv.ConnectionString(), srv.Key, "d3Jvbmc=", 1)
 	err := open(t, connString(text), Options{}).CreateContainer(t.Context(), "abc")
 	require.ErrorIs(t, err, blobstore.ErrCredentials)
+	require.NotErrorIs(t, err, blobstore.ErrClockSkew)
 	require.NotContains(t, err.Error(), "clock")
 }
 
