@@ -75,7 +75,6 @@ type hostBugs struct {
 	CooledBySeal  bool // rule 1
 	CooledByFlush bool // rule 1: although the log that holds the write is not sealed
 	OldLogData    bool // rule 2
-	MarkAnywhere  bool // rule 13: the first partial of a comparing pass follows whatever head there is
 	CutAfterGiven bool // rule 4: a point that was given up before its cut can be cut
 }
 

@@ -246,10 +246,13 @@ func (w *world) end() {
 			a.grant <- 0
 			w.wait()
 		}
-		a.r, a.applier = nil, nil
+		if a.store.Crashed() || w.rng.IntN(2) == 0 { // else it is idle, and keeps what it knows
+			a.r, a.applier = nil, nil
+		}
 		a.store.Revive()
 	}
 	w.quiet = true
+	w.actor("apply-1").applier = nil // the next one takes over
 	for len(w.late) > 0 {
 		w.deliver(w.rng.IntN(len(w.late)))
 	}

@@ -77,7 +77,7 @@ func (w *world) tick(ctx context.Context, r *Replica) error {
 		w.host.disconnect() // a rewind stands above it: the host resyncs
 		w.hit("R6 host ahead of a rewind resyncs")
 	}
-	if !w.quiet && w.planned == nil && w.host.base != 0 && idle && w.rng.IntN(10) == 0 {
+	if !w.quiet && w.planned == nil && w.host.base != 0 && idle && w.rng.IntN(8) == 0 {
 		w.beginPass(o, true) // a manual resync
 		return nil
 	}

@@ -39,7 +39,7 @@ type held struct {
 
 // commit proposes, or falls asleep before.
 func (a *actor) commit(ctx context.Context, r *Replica, t *modelTask, p Proposal) error {
-	if w := a.w; !w.quiet && !w.awake && w.rng.IntN(8) == 0 {
+	if w := a.w; !w.quiet && !w.awake && w.rng.IntN(6) == 0 {
 		w.held = append(w.held, held{t, p})
 		return nil
 	}
@@ -76,22 +76,12 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 	}
 	if t.pass.I == 1 {
 		p.At = st.Head + 1
-		for range 5 { // it waits for a snapshot at the head
+		for range 8 { // it waits for a snapshot at the head
 			if _, err := r.store.Now(ctx); err != nil {
 				return err
 			}
 		}
-		below := st.Head
-		if a.w.bugs.host.MarkAnywhere {
-			p.At = 0
-		}
-		res, err := r.Commit(ctx, p)
-		if err == nil && a.w.marks[t.pass.Ordinal] == 0 { // what was compared with, whatever number the mark got
-			a.w.marks[t.pass.Ordinal] = below
-			if res.Outcome == AlreadyCommitted {
-				a.w.marks[t.pass.Ordinal] = res.Seq - 1
-			}
-		}
+		_, err := r.Commit(ctx, p)
 		if errors.Is(err, ErrHeadMoved) {
 			a.w.hit("R13 the mark's place was taken")
 		}
@@ -104,12 +94,9 @@ func (a *actor) compareJob(ctx context.Context, r *Replica, t *modelTask) error 
 	if mark == 0 {
 		return nil // not yet: redelivered later
 	}
-	have, at := parcel{}, mark-1
-	if m := a.w.marks[t.pass.Ordinal]; a.w.bugs.host.MarkAnywhere && m != 0 {
-		at = m
-	}
+	have := parcel{}
 	for _, d := range modelDisks {
-		if have[d], err = a.chainAt(ctx, r, at, d); err != nil {
+		if have[d], err = a.chainAt(ctx, r, mark-1, d); err != nil {
 			return err
 		}
 	}

@@ -27,7 +27,8 @@ func seeds(t *testing.T, short int) int {
 }
 
 // explore runs n seeds above from on two goroutines until one fails; it returns the first failing seed's error.
-func explore(from, n int, b planted) (ran int, distinct int, st modelStats, err error) {
+// progress, when set, hears now and then how far it is.
+func explore(from, n int, b planted, progress func(ran int)) (ran int, distinct int, st modelStats, err error) {
 	defer debug.SetGCPercent(debug.SetGCPercent(400)) // the worlds are small and short-lived
 	var mu sync.Mutex
 	var next atomic.Int64
@@ -52,6 +53,9 @@ func explore(from, n int, b planted) (ran int, distinct int, st modelStats, err 
 				werr := w.run(modelSteps)
 				mu.Lock()
 				ran++
+				if progress != nil && ran%1000 == 0 {
+					progress(ran)
+				}
 				seen[w.trace.Sum64()] = true
 				if werr != nil && err == nil {
 					err = &violated{seed, werr}
@@ -77,7 +81,7 @@ func TestModel(t *testing.T) {
 		from, err = strconv.Atoi(s)
 		require.NoError(t, err)
 	}
-	ran, distinct, st, err := explore(from, n, planted{})
+	ran, distinct, st, err := explore(from, n, planted{}, func(ran int) { t.Logf("%d interleavings, no violation", ran) })
 	t.Logf("%d interleavings, %d distinct, %s", ran, distinct, &st)
 	require.NoError(t, err)
 	if n < 400 {

@@ -37,7 +37,6 @@ type world struct {
 	late    []func() // effects of storage calls still on the wire
 	touched map[string]bool
 	held    []held
-	marks   map[Ordinal]Seq    // what comparing passes compare with
 	segs    map[string]content // every segment ever built, by name
 	check   checker
 	quiet   bool // the end: no faults, no choices
@@ -139,7 +138,7 @@ var modelActors = []string{"ship-1", "ship-2", "apply-1", "apply-2", "scheduler"
 func newWorld(seed uint64, b planted, st *modelStats) *world {
 	rng := rand.New(rand.NewPCG(seed, 77))
 	w := &world{rng: rng, bugs: b, mem: blobstoretest.NewMemory(), clock: testTime, events: make(chan event),
-		touched: map[string]bool{}, marks: map[Ordinal]Seq{}, segs: map[string]content{}, stats: st, rec: record{epoch: 1}}
+		touched: map[string]bool{}, segs: map[string]content{}, stats: st, rec: record{epoch: 1}}
 	w.trace.SetSeed(modelSeed)
 	w.check.w = w
 	pick := func(v ...float64) float64 { return v[rng.IntN(len(v))] }
@@ -436,12 +435,20 @@ func (w *world) turn(a *actor) {
 			w.start(a, a.readJob())
 		}
 	default:
-		if len(w.held) > 0 && w.rng.IntN(8) == 0 {
+		if len(w.held) > 0 && w.rng.IntN(w.sleepy()) == 0 {
 			w.start(a, a.heldJob())
 		} else if t := w.anyTask(); t != nil {
 			w.start(a, a.shipJob(t))
 		}
 	}
+}
+
+// sleepy: in one of so many turns somebody wakes who slept before his manifest; often while a pass is compared (rule 13).
+func (w *world) sleepy() int {
+	if c := w.rec.cycle; c != nil && len(c.tasks) > 0 && c.tasks[0].compare && !w.check.shipped[c.tasks[0].n] {
+		return 2
+	}
+	return 12
 }
 
 // anyTask prefers what the open cycle still wants; others come again now and then.
