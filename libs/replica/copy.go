@@ -18,13 +18,12 @@ const (
 	unitItems = 4096
 )
 
-// target receives merged ranges: data of at most MaxPageWrite bytes, or zeros of any length.
+// target receives merged ranges of at most MaxPageWrite bytes. Zeros are not written: it is zero before.
 type target interface {
 	write(ctx context.Context, off int64, p []byte) error
-	zero(ctx context.Context, off, length int64) error
 }
 
-// units cuts the map into ranges of bounded work. Long zero ranges are not cut: clearing is one request.
+// units cuts the map into ranges of bounded work. Long zero ranges are not cut: nothing is done for them.
 func units(m *extent.Map[piece], within extent.Range) []extent.Range {
 	var out []extent.Range
 	var cur extent.Range
@@ -66,7 +65,6 @@ type copier struct {
 	o    *overlay
 	base *baseDisk // where pieceBase is
 	t    target
-	skip bool // zeros need not be written
 }
 
 // baseDisk is a snapshot of a page blob.
@@ -120,8 +118,7 @@ type worker struct {
 	*copier
 	f   fetcher
 	buf []byte
-	// pending: data in buf for [off, off+len(buf)), or zeros [off, off+zeros)
-	off, zeros int64
+	off int64 // of what is pending in buf
 }
 
 func (c *copier) worker() (w *worker, done func()) {
@@ -130,7 +127,7 @@ func (c *copier) worker() (w *worker, done func()) {
 }
 
 func (w *worker) unit(ctx context.Context, m *extent.Map[piece], u extent.Range) error {
-	w.buf, w.zeros = w.buf[:0], 0
+	w.buf = w.buf[:0]
 	for it := range m.In(u) {
 		if err := w.item(ctx, it); err != nil {
 			return err
@@ -141,21 +138,11 @@ func (w *worker) unit(ctx context.Context, m *extent.Map[piece], u extent.Range)
 
 func (w *worker) item(ctx context.Context, it extent.Item[piece]) error {
 	if it.Val.seg == pieceZero {
-		if w.skip {
-			return nil
-		}
-		if w.zeros == 0 || w.off+w.zeros != it.Off {
-			if err := w.flush(ctx); err != nil {
-				return err
-			}
-			w.off = it.Off
-		}
-		w.zeros += it.Len
 		return nil
 	}
 	pos := it.Val.pos + it.Skip
 	for at := it.Off; at < it.End(); {
-		if w.zeros > 0 || len(w.buf) == cap(w.buf) || w.off+int64(len(w.buf)) != at {
+		if len(w.buf) == cap(w.buf) || w.off+int64(len(w.buf)) != at {
 			if err := w.flush(ctx); err != nil {
 				return err
 			}
@@ -183,13 +170,10 @@ func (w *worker) load(ctx context.Context, seg int32, off, pos int64, p []byte) 
 }
 
 func (w *worker) flush(ctx context.Context) error {
-	var err error
-	switch {
-	case w.zeros > 0:
-		err = w.t.zero(ctx, w.off, w.zeros)
-	case len(w.buf) > 0:
-		err = w.t.write(ctx, w.off, w.buf)
+	if len(w.buf) == 0 {
+		return nil
 	}
-	w.buf, w.zeros = w.buf[:0], 0
-	return err
+	p := w.buf
+	w.buf = w.buf[:0]
+	return w.t.write(ctx, w.off, p)
 }

@@ -106,8 +106,6 @@ func (t sinkTarget) write(ctx context.Context, off int64, p []byte) error {
 	return nil
 }
 
-func (t sinkTarget) zero(context.Context, int64, int64) error { return nil }
-
 // openParallel is how many segment indexes SourceAt fetches at a time.
 const openParallel = 4
 
@@ -331,7 +329,7 @@ func (s *Source) window(ctx context.Context, w extent.Range) (*extent.Map[piece]
 
 // copyTo writes what is not zero to t.
 func (s *Source) copyTo(ctx context.Context, t target, parallel int) error {
-	c := copier{o: &s.o, base: s.base, t: t, skip: true}
+	c := copier{o: &s.o, base: s.base, t: t}
 	for w := range windows(wholeDisk(s.d)) {
 		m, err := s.window(ctx, w)
 		if err != nil {
