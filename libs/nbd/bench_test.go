@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -64,7 +65,7 @@ func BenchmarkExtents(b *testing.B) {
 		s.shake(withDirty(3))
 		for {
 			r, ok := s.request()
-			if !ok || !s.send(chunkOf(chunkDone, chunkBlockStatus, r.cookie, body)) {
+			if !ok || !s.send(chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, body)) {
 				return
 			}
 		}

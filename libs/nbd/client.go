@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 const (
@@ -40,22 +41,22 @@ type Info struct {
 }
 
 // ReadOnly reports whether writes are refused.
-func (i Info) ReadOnly() bool { return i.flags&exportReadOnly != 0 }
+func (i Info) ReadOnly() bool { return i.flags&wire.ExportReadOnly != 0 }
 
 // MultiConn reports whether several connections see one consistent disk.
-func (i Info) MultiConn() bool { return i.flags&exportMultiConn != 0 }
+func (i Info) MultiConn() bool { return i.flags&wire.ExportMultiConn != 0 }
 
 // CanFlush reports whether writes can be made durable.
-func (i Info) CanFlush() bool { return i.flags&exportFlush != 0 }
+func (i Info) CanFlush() bool { return i.flags&wire.ExportFlush != 0 }
 
 // CanFUA reports whether a write can be asked to be durable.
-func (i Info) CanFUA() bool { return i.flags&exportFUA != 0 }
+func (i Info) CanFUA() bool { return i.flags&wire.ExportFUA != 0 }
 
 // CanTrim reports whether ranges can be given up.
-func (i Info) CanTrim() bool { return i.flags&exportTrim != 0 }
+func (i Info) CanTrim() bool { return i.flags&wire.ExportTrim != 0 }
 
 // CanZero reports whether ranges can be zeroed without sending zeros.
-func (i Info) CanZero() bool { return i.flags&exportZeroes != 0 }
+func (i Info) CanZero() bool { return i.flags&wire.ExportZeroes != 0 }
 
 // Extent is a run of bytes with the flags that a context gives it.
 type Extent struct {
@@ -108,7 +109,7 @@ func (c *Client) Close() error {
 	select {
 	case c.sending <- struct{}{}:
 		_ = c.conn.SetWriteDeadline(time.Now().Add(goodbye))
-		_, _ = c.conn.Write(request(cmdDisconnect, 0, 0, 0, 0)) // a server that is gone needs no good-bye
+		_, _ = c.conn.Write(request(wire.CmdDisconnect, 0, 0, 0, 0)) // a server that is gone needs no good-bye
 		<-c.sending
 	default: // a request is stuck in the socket
 	}
@@ -142,7 +143,7 @@ func (c *Client) run() {
 }
 
 func request(kind, flags uint16, cookie uint64, off, length int64) []byte {
-	b := binary.BigEndian.AppendUint32(make([]byte, 0, 28), magicRequest)
+	b := binary.BigEndian.AppendUint32(make([]byte, 0, 28), wire.MagicRequest)
 	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, kind)
 	b = binary.BigEndian.AppendUint64(b, cookie)
@@ -282,8 +283,8 @@ func (c *Client) do(ctx context.Context, k *call, flags uint16, payload []byte) 
 }
 
 var commandNames = map[uint16]string{
-	cmdRead: "read", cmdWrite: "write", cmdFlush: "flush", cmdTrim: "trim", cmdWriteZeroes: "write of zeroes",
-	cmdBlockStatus: "block status",
+	wire.CmdRead: "read", wire.CmdWrite: "write", wire.CmdFlush: "flush", wire.CmdTrim: "trim", wire.CmdWriteZeroes: "write of zeroes",
+	wire.CmdBlockStatus: "block status",
 }
 
 var errBounds = errors.New("not within the export")
@@ -327,7 +328,7 @@ func (c *Client) ReadAt(ctx context.Context, p []byte, off int64) error {
 	all := extent.Range{Off: off, Len: int64(len(p))}
 	return c.pieces(all, c.readStep(), func(at extent.Range) error {
 		buf := p[at.Off-off:][:at.Len]
-		err := c.do(ctx, &call{cmd: cmdRead, at: at, buf: buf}, c.readFlags(), nil)
+		err := c.do(ctx, &call{cmd: wire.CmdRead, at: at, buf: buf}, c.readFlags(), nil)
 		if tooLong(err) {
 			err = c.again(ctx, at, buf)
 		}
@@ -338,8 +339,8 @@ func (c *Client) ReadAt(ctx context.Context, p []byte, off int64) error {
 // readFlags ask for answers in one piece where the export offers that: QEMU hangs up when reading fails within an answer in
 // several, and its client cannot tell a broken disk from a broken connection.
 func (c *Client) readFlags() uint16 {
-	if c.structured && c.info.flags&exportDF != 0 {
-		return cmdFlagDF
+	if c.structured && c.info.flags&wire.ExportDF != 0 {
+		return wire.CmdFlagDF
 	}
 	return 0
 }
@@ -351,7 +352,7 @@ func tooLong(err error) bool {
 }
 
 func (c *Client) again(ctx context.Context, at extent.Range, buf []byte) error {
-	return c.do(ctx, &call{cmd: cmdRead, at: at, buf: buf}, 0, nil)
+	return c.do(ctx, &call{cmd: wire.CmdRead, at: at, buf: buf}, 0, nil)
 }
 
 // WriteAt writes p at off and returns when the server has it; with fua, when it is durable. p is not to be changed
@@ -359,33 +360,35 @@ func (c *Client) again(ctx context.Context, at extent.Range, buf []byte) error {
 func (c *Client) WriteAt(ctx context.Context, p []byte, off int64, fua bool) error {
 	all := extent.Range{Off: off, Len: int64(len(p))}
 	return c.pieces(all, c.info.Block.Max, func(at extent.Range) error {
-		return c.do(ctx, &call{cmd: cmdWrite, at: at}, fuaFlag(fua), p[at.Off-off:][:at.Len])
+		return c.do(ctx, &call{cmd: wire.CmdWrite, at: at}, fuaFlag(fua), p[at.Off-off:][:at.Len])
 	})
 }
 
 func fuaFlag(fua bool) uint16 {
 	if fua {
-		return cmdFlagFUA
+		return wire.CmdFlagFUA
 	}
 	return 0
 }
 
 // Flush makes every write that was answered before durable.
-func (c *Client) Flush(ctx context.Context) error { return c.do(ctx, &call{cmd: cmdFlush}, 0, nil) }
+func (c *Client) Flush(ctx context.Context) error {
+	return c.do(ctx, &call{cmd: wire.CmdFlush}, 0, nil)
+}
 
 // Trim says that a range is not needed; it may read as anything afterwards.
 func (c *Client) Trim(ctx context.Context, at extent.Range) error {
-	return c.pieces(at, discardStep, func(at extent.Range) error { return c.do(ctx, &call{cmd: cmdTrim, at: at}, 0, nil) })
+	return c.pieces(at, discardStep, func(at extent.Range) error { return c.do(ctx, &call{cmd: wire.CmdTrim, at: at}, 0, nil) })
 }
 
 // WriteZeroes makes a range read as zeros; keep keeps its space allocated.
 func (c *Client) WriteZeroes(ctx context.Context, at extent.Range, keep bool) error {
 	flags := uint16(0)
 	if keep {
-		flags = cmdFlagNoHole
+		flags = wire.CmdFlagNoHole
 	}
 	return c.pieces(at, discardStep, func(at extent.Range) error {
-		return c.do(ctx, &call{cmd: cmdWriteZeroes, at: at}, flags, nil)
+		return c.do(ctx, &call{cmd: wire.CmdWriteZeroes, at: at}, flags, nil)
 	})
 }
 
@@ -403,7 +406,7 @@ func (c *Client) BlockStatus(ctx context.Context, name string, at extent.Range) 
 		return nil, nil
 	}
 	at.Len = min(at.Len, statusStep)
-	k := &call{cmd: cmdBlockStatus, at: at, context: id}
+	k := &call{cmd: wire.CmdBlockStatus, at: at, context: id}
 	if err := c.do(ctx, k, 0, nil); err != nil {
 		return nil, err
 	}

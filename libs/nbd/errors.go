@@ -3,6 +3,8 @@ package nbd
 import (
 	"errors"
 	"fmt"
+
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // Sentinel errors. All but ErrURI end the connection.
@@ -24,19 +26,19 @@ var (
 // Numbers of errors as servers send them.
 const (
 	// EPERM: the export is read-only, or not for us.
-	EPERM = 1
+	EPERM = wire.EPERM
 	// EIO: reading or writing failed on the server's side.
-	EIO = 5
+	EIO = wire.EIO
 	// EINVAL: the server did not take the request.
-	EINVAL = 22
+	EINVAL = wire.EINVAL
 	// ENOSPC: no space left on the server's side.
-	ENOSPC = 28
+	ENOSPC = wire.ENOSPC
 	// EOVERFLOW: the answer would be too long for what was asked.
-	EOVERFLOW = 75
+	EOVERFLOW = wire.EOVERFLOW
 	// ENOTSUP: the export cannot do it.
-	ENOTSUP = 95
+	ENOTSUP = wire.ENOTSUP
 	// ESHUTDOWN: the server is going away.
-	ESHUTDOWN = 108
+	ESHUTDOWN = wire.ESHUTDOWN
 )
 
 // Error is what a server answered to one request; the connection goes on.

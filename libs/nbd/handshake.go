@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // handshakeTimeout bounds a handshake whose context has no deadline.
@@ -25,7 +27,7 @@ func parseURI(uri string) (network, address, export string, err error) {
 		return "", "", "", fmt.Errorf("%w: %w", ErrURI, err)
 	}
 	export = strings.TrimPrefix(u.Path, "/")
-	if len(export) > maxName {
+	if len(export) > wire.MaxName {
 		return "", "", "", fmt.Errorf("%w: export name of %d bytes", ErrURI, len(export))
 	}
 	switch socket := u.Query().Get("socket"); {
@@ -95,18 +97,18 @@ func (c *Client) handshake(export string, contexts []string) error {
 	if err := c.fill(hello[:]); err != nil {
 		return err
 	}
-	if binary.BigEndian.Uint64(hello[:]) != magicServer || binary.BigEndian.Uint64(hello[8:]) != magicOption {
+	if binary.BigEndian.Uint64(hello[:]) != wire.MagicServer || binary.BigEndian.Uint64(hello[8:]) != wire.MagicOption {
 		return protocol("not a newstyle NBD server")
 	}
 	flags := binary.BigEndian.Uint16(hello[16:])
-	if flags&flagFixedNewstyle == 0 {
+	if flags&wire.FlagFixedNewstyle == 0 {
 		return protocol("the server does not speak fixed newstyle")
 	}
-	answer := binary.BigEndian.AppendUint32(nil, uint32(flags&(flagFixedNewstyle|flagNoZeroes)))
+	answer := binary.BigEndian.AppendUint32(nil, uint32(flags&(wire.FlagFixedNewstyle|wire.FlagNoZeroes)))
 	if _, err := c.conn.Write(answer); err != nil {
 		return fmt.Errorf("%w: %w", ErrLost, err)
 	}
-	refused, err := c.option(optStructuredReply, nil, nil)
+	refused, err := c.option(wire.OptStructuredReply, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -127,13 +129,13 @@ func (c *Client) agree(export string, contexts []string) error {
 	msg := appendText(nil, export)
 	msg = binary.BigEndian.AppendUint32(msg, uint32(len(contexts)))
 	for _, name := range contexts {
-		if len(name) > maxName {
+		if len(name) > wire.MaxName {
 			return fmt.Errorf("%w: a name of %d bytes", ErrNoContext, len(name))
 		}
 		msg = appendText(msg, name)
 	}
-	refused, err := c.option(optSetMeta, msg, func(kind uint32, body []byte) error {
-		if kind != repMeta || len(body) < 4 {
+	refused, err := c.option(wire.OptSetMeta, msg, func(kind uint32, body []byte) error {
+		if kind != wire.RepMeta || len(body) < 4 {
 			return protocol("reply %d of %d bytes to the wish for contexts", kind, len(body))
 		}
 		id, name := binary.BigEndian.Uint32(body), string(body[4:])
@@ -154,7 +156,7 @@ func (c *Client) agree(export string, contexts []string) error {
 	if err != nil {
 		return err
 	}
-	if refused != nil && slices.Contains([]uint32{repErrUnknown, repErrPolicy, repErrTLS}, refused.code) {
+	if refused != nil && slices.Contains([]uint32{wire.RepErrUnknown, wire.RepErrPolicy, wire.RepErrTLS}, refused.code) {
 		return fmt.Errorf("%w: %s", ErrNoExport, refused)
 	}
 	for _, name := range contexts {
@@ -173,21 +175,21 @@ func (c *Client) agree(export string, contexts []string) error {
 func (c *Client) choose(export string) error {
 	msg := appendText(nil, export)
 	msg = binary.BigEndian.AppendUint16(msg, 1)
-	msg = binary.BigEndian.AppendUint16(msg, infoBlockSize)
+	msg = binary.BigEndian.AppendUint16(msg, wire.InfoBlockSize)
 	known := false
 	c.info.Block = BlockSizes{Min: 1, Preferred: 4096, Max: MaxPayload}
-	refused, err := c.option(optGo, msg, func(kind uint32, body []byte) error {
-		if kind != repInfo || len(body) < 2 {
+	refused, err := c.option(wire.OptGo, msg, func(kind uint32, body []byte) error {
+		if kind != wire.RepInfo || len(body) < 2 {
 			return protocol("reply %d of %d bytes to the choice of the export", kind, len(body))
 		}
 		switch info := binary.BigEndian.Uint16(body); {
-		case info == infoExport && len(body) == 12:
+		case info == wire.InfoExport && len(body) == 12:
 			size := binary.BigEndian.Uint64(body[2:])
 			if size > maxSize {
 				return protocol("an export of %d bytes", size)
 			}
 			c.info.Size, c.info.flags, known = int64(size), binary.BigEndian.Uint16(body[10:]), true
-		case info == infoBlockSize && len(body) == 14:
+		case info == wire.InfoBlockSize && len(body) == 14:
 			b := BlockSizes{
 				Min: int64(binary.BigEndian.Uint32(body[2:])), Preferred: int64(binary.BigEndian.Uint32(body[6:])),
 				Max: int64(binary.BigEndian.Uint32(body[10:])),
@@ -197,7 +199,7 @@ func (c *Client) choose(export string) error {
 			}
 			b.Max = min(b.Max, MaxPayload) / b.Min * b.Min
 			c.info.Block = b
-		case info == infoExport || info == infoBlockSize:
+		case info == wire.InfoExport || info == wire.InfoBlockSize:
 			return protocol("information %d of %d bytes", info, len(body))
 		}
 		return nil
@@ -205,7 +207,7 @@ func (c *Client) choose(export string) error {
 	switch {
 	case err != nil:
 		return err
-	case refused != nil && refused.code == repErrUnsup:
+	case refused != nil && refused.code == wire.RepErrUnsup:
 		return protocol("the server does not know NBD_OPT_GO")
 	case refused != nil:
 		return fmt.Errorf("%w %q: %s", ErrNoExport, export, refused)
@@ -223,8 +225,8 @@ type refusal struct {
 
 func (r *refusal) String() string {
 	name := map[uint32]string{
-		repErrUnsup: "not supported", repErrPolicy: "forbidden by the server", repErrTLS: "TLS is required",
-		repErrUnknown: "unknown export",
+		wire.RepErrUnsup: "not supported", wire.RepErrPolicy: "forbidden by the server", wire.RepErrTLS: "TLS is required",
+		wire.RepErrUnknown: "unknown export",
 	}[r.code]
 	if name == "" {
 		name = fmt.Sprintf("error %#x", r.code)
@@ -237,7 +239,7 @@ func (r *refusal) String() string {
 
 // option sends one option and gives each reply before the last to take.
 func (c *Client) option(opt uint32, data []byte, take func(kind uint32, body []byte) error) (*refusal, error) {
-	msg := binary.BigEndian.AppendUint64(nil, magicOption)
+	msg := binary.BigEndian.AppendUint64(nil, wire.MagicOption)
 	msg = binary.BigEndian.AppendUint32(msg, opt)
 	msg = append(binary.BigEndian.AppendUint32(msg, uint32(len(data))), data...)
 	if _, err := c.conn.Write(msg); err != nil {
@@ -249,7 +251,7 @@ func (c *Client) option(opt uint32, data []byte, take func(kind uint32, body []b
 			return nil, err
 		}
 		kind, n := binary.BigEndian.Uint32(head[12:]), binary.BigEndian.Uint32(head[16:])
-		if binary.BigEndian.Uint64(head[:]) != magicReply || binary.BigEndian.Uint32(head[8:]) != opt || n > maxOptionReply {
+		if binary.BigEndian.Uint64(head[:]) != wire.MagicReply || binary.BigEndian.Uint32(head[8:]) != opt || n > maxOptionReply {
 			return nil, protocol("malformed reply to option %d", opt)
 		}
 		body := make([]byte, n)
@@ -257,10 +259,10 @@ func (c *Client) option(opt uint32, data []byte, take func(kind uint32, body []b
 			return nil, err
 		}
 		switch {
-		case kind == repAck:
+		case kind == wire.RepAck:
 			return nil, nil
-		case kind&repErr != 0:
-			return &refusal{code: kind, text: strings.ToValidUTF8(string(body[:min(n, maxName)]), "?")}, nil
+		case kind&wire.RepErr != 0:
+			return &refusal{code: kind, text: strings.ToValidUTF8(string(body[:min(n, wire.MaxName)]), "?")}, nil
 		case take == nil:
 			return nil, protocol("reply %d to option %d", kind, opt)
 		}

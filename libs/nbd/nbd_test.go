@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -319,7 +320,7 @@ func TestStreamEnds(t *testing.T) {
 	var inFlight, most atomic.Int64
 	client := serveWith(t, nil, func(r got) []byte {
 		most.Store(max(most.Load(), inFlight.Add(1)))
-		return chunkOf(chunkDone, chunkHole, r.cookie, be64(uint64(r.off)), be32(uint32(r.length)))
+		return chunkOf(wire.ChunkDone, wire.ChunkHole, r.cookie, be64(uint64(r.off)), be32(uint32(r.length)))
 	})
 	ctx := testkit.Context(t)
 	boom := errors.New("boom")
@@ -355,10 +356,10 @@ func (c *Client) pending() int {
 
 // Whatever a server sends: no panic, no memory that it chose, and a read that succeeds has all its bytes.
 func FuzzReplies(f *testing.F) {
-	f.Add(chunkOf(chunkDone, chunkData, 1, be64(4096), sectors(4, 1)))
-	f.Add(join(chunkOf(0, chunkHole, 1, be64(4096), be32(1024)), chunkOf(chunkDone, chunkData, 1, be64(5120), sectors(2, 1))))
-	f.Add(chunkOf(chunkDone, chunkBlockStatus, 2, extentsOf(7, 512, 1, 1<<20, 0)))
-	f.Add(chunkOf(chunkDone, chunkError, 1, be32(5), be16(2), []byte("no")))
+	f.Add(chunkOf(wire.ChunkDone, wire.ChunkData, 1, be64(4096), sectors(4, 1)))
+	f.Add(join(chunkOf(0, wire.ChunkHole, 1, be64(4096), be32(1024)), chunkOf(wire.ChunkDone, wire.ChunkData, 1, be64(5120), sectors(2, 1))))
+	f.Add(chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, 2, extentsOf(7, 512, 1, 1<<20, 0)))
+	f.Add(chunkOf(wire.ChunkDone, wire.ChunkError, 1, be32(5), be16(2), []byte("no")))
 	f.Add(join(simpleOf(0, 3), simpleOf(28, 1)))
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		here, there := net.Pipe()
@@ -371,9 +372,9 @@ func FuzzReplies(f *testing.F) {
 		c.contexts[ContextAllocation] = 8
 		c.info.Size = scriptSize
 		at := extent.Range{Off: 4096, Len: 2048}
-		read := &call{cmd: cmdRead, at: at, buf: bytes.Repeat([]byte{0xee}, 2048)}
-		status := &call{cmd: cmdBlockStatus, at: at, context: 7}
-		write := &call{cmd: cmdWrite, at: at}
+		read := &call{cmd: wire.CmdRead, at: at, buf: bytes.Repeat([]byte{0xee}, 2048)}
+		status := &call{cmd: wire.CmdBlockStatus, at: at, context: 7}
+		write := &call{cmd: wire.CmdWrite, at: at}
 		c.calls = map[uint64]*call{1: read, 2: status, 3: write}
 		for _, k := range []*call{read, status, write} {
 			k.done = make(chan struct{})
@@ -400,10 +401,10 @@ func FuzzReplies(f *testing.F) {
 
 // What a server may send in a handshake ends it, one way or the other.
 func FuzzHandshake(f *testing.F) {
-	hello := join(be64(magicServer), be64(magicOption), be16(3))
-	f.Add(join(hello, optionReply(optStructuredReply, repAck), meta(1, dirtyName), optionReply(optSetMeta, repAck),
-		optionReply(optGo, repInfo, exportInfo(1<<20, 1)), optionReply(optGo, repInfo, blockInfo(1, 4096, 1<<25)), optionReply(optGo, repAck)))
-	f.Add(join(hello, optionReply(optStructuredReply, repErrUnsup), optionReply(optGo, repErrUnknown, []byte("x"))))
+	hello := join(be64(wire.MagicServer), be64(wire.MagicOption), be16(3))
+	f.Add(join(hello, optionReply(wire.OptStructuredReply, wire.RepAck), meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck),
+		optionReply(wire.OptGo, wire.RepInfo, exportInfo(1<<20, 1)), optionReply(wire.OptGo, wire.RepInfo, blockInfo(1, 4096, 1<<25)), optionReply(wire.OptGo, wire.RepAck)))
+	f.Add(join(hello, optionReply(wire.OptStructuredReply, wire.RepErrUnsup), optionReply(wire.OptGo, wire.RepErrUnknown, []byte("x"))))
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		here, there := net.Pipe()
 		go func() { _, _ = io.Copy(io.Discard, there) }()

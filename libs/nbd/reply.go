@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // call is one request and its answer.
@@ -70,9 +71,9 @@ func (k *call) complete() error {
 	switch {
 	case k.err != nil:
 		return nil
-	case k.cmd == cmdRead && k.got.Bytes() != k.at.Len:
+	case k.cmd == wire.CmdRead && k.got.Bytes() != k.at.Len:
 		return protocol("%d of %d bytes in the answer to a read", k.got.Bytes(), k.at.Len)
-	case k.cmd == cmdBlockStatus && len(k.extents) == 0:
+	case k.cmd == wire.CmdBlockStatus && len(k.extents) == 0:
 		return protocol("the answer to a block status lacks the context")
 	}
 	return nil
@@ -87,9 +88,9 @@ func (c *Client) receive() error {
 		}
 		var err error
 		switch m := binary.BigEndian.Uint32(magic[:]); m {
-		case magicSimple:
+		case wire.MagicSimple:
 			err = c.simple()
-		case magicChunk:
+		case wire.MagicChunk:
 			err = c.chunk()
 		default:
 			err = protocol("reply magic %#08x", m)
@@ -138,9 +139,9 @@ func (c *Client) simple() error {
 		return protocol("a simple reply after chunks")
 	case errno != 0:
 		k.err = &Error{Errno: errno}
-	case k.cmd == cmdBlockStatus, k.cmd == cmdRead && c.structured:
+	case k.cmd == wire.CmdBlockStatus, k.cmd == wire.CmdRead && c.structured:
 		return protocol("a simple reply to a request that asks for chunks")
-	case k.cmd == cmdRead:
+	case k.cmd == wire.CmdRead:
 		if err := c.data(k, k.at); err != nil {
 			return err
 		}
@@ -168,18 +169,18 @@ func (c *Client) chunk() error {
 		return protocol("an answer of more than %d chunks", k.chunks-1)
 	}
 	switch {
-	case kind&chunkIsError != 0:
+	case kind&wire.ChunkIsError != 0:
 		// Errors that we do not know are errors all the same.
 		err = c.failure(k, kind, n)
-	case kind == chunkNone:
-		if n != 0 || flags&chunkDone == 0 {
+	case kind == wire.ChunkNone:
+		if n != 0 || flags&wire.ChunkDone == 0 {
 			return protocol("an empty chunk that is not the last, or not empty")
 		}
-	case kind == chunkData && k.cmd == cmdRead:
+	case kind == wire.ChunkData && k.cmd == wire.CmdRead:
 		err = c.dataChunk(k, n)
-	case kind == chunkHole && k.cmd == cmdRead:
+	case kind == wire.ChunkHole && k.cmd == wire.CmdRead:
 		err = c.holeChunk(k, n)
-	case kind == chunkBlockStatus && k.cmd == cmdBlockStatus:
+	case kind == wire.ChunkBlockStatus && k.cmd == wire.CmdBlockStatus:
 		err = c.statusChunk(k, n)
 	default:
 		// Its meaning is not known, so neither is what it would change.
@@ -188,7 +189,7 @@ func (c *Client) chunk() error {
 	if err != nil {
 		return err
 	}
-	if flags&chunkDone != 0 {
+	if flags&wire.ChunkDone != 0 {
 		return c.finish(cookie, k)
 	}
 	return nil
@@ -261,12 +262,12 @@ func (c *Client) failure(k *call, kind uint16, n int64) error {
 	if e.Errno == 0 {
 		return protocol("an error chunk without an error")
 	}
-	if kind == chunkError || kind == chunkErrorOffset {
+	if kind == wire.ChunkError || kind == wire.ChunkErrorOffset {
 		if n < 6 || int64(binary.BigEndian.Uint16(body[4:])) > n-6 {
 			return protocol("the text of an error is longer than its chunk")
 		}
 		text := body[6:][:binary.BigEndian.Uint16(body[4:])]
-		e.Text = strings.ToValidUTF8(string(text[:min(len(text), maxName)]), "?")
+		e.Text = strings.ToValidUTF8(string(text[:min(len(text), wire.MaxName)]), "?")
 	}
 	if k.err == nil {
 		k.err = e

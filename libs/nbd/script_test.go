@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -68,25 +69,25 @@ func join(parts ...[]byte) []byte { return bytes.Join(parts, nil) }
 
 func optionReply(opt, kind uint32, data ...[]byte) []byte {
 	body := join(data...)
-	return join(be64(magicReply), be32(opt), be32(kind), be32(uint32(len(body))), body)
+	return join(be64(wire.MagicReply), be32(opt), be32(kind), be32(uint32(len(body))), body)
 }
 
 func exportInfo(size uint64, flags uint16) []byte {
-	return join(be16(infoExport), be64(size), be16(flags))
+	return join(be16(wire.InfoExport), be64(size), be16(flags))
 }
 
 func blockInfo(small, preferred, most uint32) []byte {
-	return join(be16(infoBlockSize), be32(small), be32(preferred), be32(most))
+	return join(be16(wire.InfoBlockSize), be32(small), be32(preferred), be32(most))
 }
 
 // meta offers a context under a number.
 func meta(id uint32, name string) []byte {
-	return optionReply(optSetMeta, repMeta, be32(id), []byte(name))
+	return optionReply(wire.OptSetMeta, wire.RepMeta, be32(id), []byte(name))
 }
 
 // shake does the handshake as a good server, with replies of the test's own for some options.
 func (s *server) shake(own map[uint32][]byte) bool {
-	s.send(be64(magicServer), be64(magicOption), be16(flagFixedNewstyle|flagNoZeroes))
+	s.send(be64(wire.MagicServer), be64(wire.MagicOption), be16(wire.FlagFixedNewstyle|wire.FlagNoZeroes))
 	if s.take(4) == nil {
 		return false
 	}
@@ -102,12 +103,12 @@ func (s *server) shake(own map[uint32][]byte) bool {
 				return false
 			}
 		} else {
-			if opt == optGo {
-				s.send(optionReply(opt, repInfo, exportInfo(scriptSize, 1)))
+			if opt == wire.OptGo {
+				s.send(optionReply(opt, wire.RepInfo, exportInfo(scriptSize, 1)))
 			}
-			s.send(optionReply(opt, repAck))
+			s.send(optionReply(opt, wire.RepAck))
 		}
-		if opt == optGo {
+		if opt == wire.OptGo {
 			return true
 		}
 	}
@@ -133,19 +134,19 @@ func (s *server) request() (got, bool) {
 		flags: binary.BigEndian.Uint16(b[4:]), kind: binary.BigEndian.Uint16(b[6:]), cookie: binary.BigEndian.Uint64(b[8:]),
 		off: int64(binary.BigEndian.Uint64(b[16:])), length: int64(binary.BigEndian.Uint32(b[24:])),
 	}
-	if r.kind == cmdWrite {
+	if r.kind == wire.CmdWrite {
 		s.take(int(r.length))
 	}
-	return r, r.kind != cmdDisconnect
+	return r, r.kind != wire.CmdDisconnect
 }
 
 func chunkOf(flags, kind uint16, cookie uint64, body ...[]byte) []byte {
 	b := join(body...)
-	return join(be32(magicChunk), be16(flags), be16(kind), be64(cookie), be32(uint32(len(b))), b)
+	return join(be32(wire.MagicChunk), be16(flags), be16(kind), be64(cookie), be32(uint32(len(b))), b)
 }
 
 func simpleOf(errno uint32, cookie uint64) []byte {
-	return join(be32(magicSimple), be32(errno), be64(cookie))
+	return join(be32(wire.MagicSimple), be32(errno), be64(cookie))
 }
 
 func extentsOf(id uint32, pairs ...uint32) []byte {
@@ -159,27 +160,27 @@ func extentsOf(id uint32, pairs ...uint32) []byte {
 const dirtyName = "qemu:dirty-bitmap:b1"
 
 func TestHandshakeRefusals(t *testing.T) {
-	ok := optionReply(optGo, repAck)
+	ok := optionReply(wire.OptGo, wire.RepAck)
 	for name, c := range map[string]struct {
 		own  map[uint32][]byte
 		want error
 	}{
-		"context acknowledged in silence": {map[uint32][]byte{optSetMeta: optionReply(optSetMeta, repAck)}, ErrNoContext},
-		"contexts not supported":          {map[uint32][]byte{optSetMeta: optionReply(optSetMeta, repErrUnsup)}, ErrNoContext},
-		"other context":                   {map[uint32][]byte{optSetMeta: join(meta(1, "qemu:dirty-bitmap:b2"), optionReply(optSetMeta, repAck))}, ErrProtocol},
-		"context twice":                   {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), meta(2, dirtyName), optionReply(optSetMeta, repAck))}, ErrProtocol},
-		"unknown export of contexts":      {map[uint32][]byte{optSetMeta: optionReply(optSetMeta, repErrUnknown, []byte("no such"))}, ErrNoExport},
-		"no structured replies":           {map[uint32][]byte{optStructuredReply: optionReply(optStructuredReply, repErrUnsup)}, ErrNoContext},
-		"unknown export":                  {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: optionReply(optGo, repErrUnknown)}, ErrNoExport},
-		"forbidden export":                {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: optionReply(optGo, repErrPolicy, []byte("fenced"))}, ErrNoExport},
-		"no GO":                           {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: optionReply(optGo, repErrUnsup)}, ErrProtocol},
-		"no size":                         {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: ok}, ErrProtocol},
-		"huge size":                       {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: join(optionReply(optGo, repInfo, exportInfo(1<<63, 1)), ok)}, ErrProtocol},
-		"short information":               {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: join(optionReply(optGo, repInfo, exportInfo(1<<20, 1)[:8]), ok)}, ErrProtocol},
-		"block sizes":                     {map[uint32][]byte{optSetMeta: join(meta(1, dirtyName), optionReply(optSetMeta, repAck)), optGo: join(optionReply(optGo, repInfo, blockInfo(3, 4, 5)), ok)}, ErrProtocol},
-		"replies without end":             {map[uint32][]byte{optStructuredReply: bytes.Repeat(optionReply(optStructuredReply, repInfo, be16(9)), 100)}, ErrProtocol},
-		"reply to another option":         {map[uint32][]byte{optStructuredReply: optionReply(optGo, repAck)}, ErrProtocol},
-		"huge reply":                      {map[uint32][]byte{optStructuredReply: join(be64(magicReply), be32(optStructuredReply), be32(repAck), be32(1<<31))}, ErrProtocol},
+		"context acknowledged in silence": {map[uint32][]byte{wire.OptSetMeta: optionReply(wire.OptSetMeta, wire.RepAck)}, ErrNoContext},
+		"contexts not supported":          {map[uint32][]byte{wire.OptSetMeta: optionReply(wire.OptSetMeta, wire.RepErrUnsup)}, ErrNoContext},
+		"other context":                   {map[uint32][]byte{wire.OptSetMeta: join(meta(1, "qemu:dirty-bitmap:b2"), optionReply(wire.OptSetMeta, wire.RepAck))}, ErrProtocol},
+		"context twice":                   {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), meta(2, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck))}, ErrProtocol},
+		"unknown export of contexts":      {map[uint32][]byte{wire.OptSetMeta: optionReply(wire.OptSetMeta, wire.RepErrUnknown, []byte("no such"))}, ErrNoExport},
+		"no structured replies":           {map[uint32][]byte{wire.OptStructuredReply: optionReply(wire.OptStructuredReply, wire.RepErrUnsup)}, ErrNoContext},
+		"unknown export":                  {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: optionReply(wire.OptGo, wire.RepErrUnknown)}, ErrNoExport},
+		"forbidden export":                {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: optionReply(wire.OptGo, wire.RepErrPolicy, []byte("fenced"))}, ErrNoExport},
+		"no GO":                           {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: optionReply(wire.OptGo, wire.RepErrUnsup)}, ErrProtocol},
+		"no size":                         {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: ok}, ErrProtocol},
+		"huge size":                       {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: join(optionReply(wire.OptGo, wire.RepInfo, exportInfo(1<<63, 1)), ok)}, ErrProtocol},
+		"short information":               {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: join(optionReply(wire.OptGo, wire.RepInfo, exportInfo(1<<20, 1)[:8]), ok)}, ErrProtocol},
+		"block sizes":                     {map[uint32][]byte{wire.OptSetMeta: join(meta(1, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck)), wire.OptGo: join(optionReply(wire.OptGo, wire.RepInfo, blockInfo(3, 4, 5)), ok)}, ErrProtocol},
+		"replies without end":             {map[uint32][]byte{wire.OptStructuredReply: bytes.Repeat(optionReply(wire.OptStructuredReply, wire.RepInfo, be16(9)), 100)}, ErrProtocol},
+		"reply to another option":         {map[uint32][]byte{wire.OptStructuredReply: optionReply(wire.OptGo, wire.RepAck)}, ErrProtocol},
+		"huge reply":                      {map[uint32][]byte{wire.OptStructuredReply: join(be64(wire.MagicReply), be32(wire.OptStructuredReply), be32(wire.RepAck), be32(1<<31))}, ErrProtocol},
 	} {
 		t.Run(name, func(t *testing.T) {
 			uri := scripted(t, func(s *server) { s.shake(c.own); s.request() })
@@ -193,8 +194,8 @@ func TestHandshakeRefusals(t *testing.T) {
 func TestHandshakeOfOthers(t *testing.T) {
 	for name, hello := range map[string][]byte{
 		"not NBD":  []byte("HTTP/1.1 400 Bad Request\r\n\r\n"),
-		"oldstyle": join(be64(magicServer), be64(0x00420281861253), make([]byte, 134)),
-		"newstyle": join(be64(magicServer), be64(magicOption), be16(0)),
+		"oldstyle": join(be64(wire.MagicServer), be64(0x00420281861253), make([]byte, 134)),
+		"newstyle": join(be64(wire.MagicServer), be64(wire.MagicOption), be16(0)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Dial(testkit.Context(t), scripted(t, func(s *server) { s.send(hello); s.take(1) }))
@@ -256,7 +257,7 @@ func serveWith(t *testing.T, own map[uint32][]byte, reply func(r got) []byte, co
 }
 
 func withDirty(id uint32) map[uint32][]byte {
-	return map[uint32][]byte{optSetMeta: join(meta(id, dirtyName), optionReply(optSetMeta, repAck))}
+	return map[uint32][]byte{wire.OptSetMeta: join(meta(id, dirtyName), optionReply(wire.OptSetMeta, wire.RepAck))}
 }
 
 const sector = 512
@@ -267,40 +268,46 @@ func sectors(n int, b byte) []byte { return bytes.Repeat([]byte{b}, n*sector) }
 func TestReadMisbehaviour(t *testing.T) {
 	const at = 8 * sector
 	data := func(flags uint16, cookie uint64, off uint64, n int) []byte {
-		return chunkOf(flags, chunkData, cookie, be64(off), sectors(n, 7))
+		return chunkOf(flags, wire.ChunkData, cookie, be64(off), sectors(n, 7))
 	}
 	hole := func(flags uint16, cookie uint64, off uint64, n uint32) []byte {
-		return chunkOf(flags, chunkHole, cookie, be64(off), be32(n))
+		return chunkOf(flags, wire.ChunkHole, cookie, be64(off), be32(n))
 	}
 	for name, c := range map[string]struct {
 		reply func(r got) []byte
 		want  error
 	}{
-		"wrong magic":          {func(r got) []byte { return be32(1) }, ErrProtocol},
-		"hangs up":             {func(r got) []byte { return nil }, ErrLost},
-		"unknown cookie":       {func(r got) []byte { return data(chunkDone, r.cookie+9, at, 4) }, ErrProtocol},
-		"simple reply":         {func(r got) []byte { return join(simpleOf(0, r.cookie), sectors(4, 1)) }, ErrProtocol},
-		"part missing":         {func(r got) []byte { return data(chunkDone, r.cookie, at, 3) }, ErrProtocol},
-		"nothing":              {func(r got) []byte { return chunkOf(chunkDone, chunkNone, r.cookie) }, ErrProtocol},
-		"part twice":           {func(r got) []byte { return join(data(0, r.cookie, at, 2), data(chunkDone, r.cookie, at+sector, 3)) }, ErrProtocol},
-		"before the read":      {func(r got) []byte { return data(chunkDone, r.cookie, at-sector, 4) }, ErrProtocol},
-		"beyond the read":      {func(r got) []byte { return data(chunkDone, r.cookie, at+sector, 4) }, ErrProtocol},
-		"offset overflow":      {func(r got) []byte { return data(chunkDone, r.cookie, 1<<63, 4) }, ErrProtocol},
-		"hole overflow":        {func(r got) []byte { return hole(chunkDone, r.cookie, at, 1<<32-1) }, ErrProtocol},
-		"empty hole":           {func(r got) []byte { return hole(0, r.cookie, at, 0) }, ErrProtocol},
-		"short hole":           {func(r got) []byte { return chunkOf(0, chunkHole, r.cookie, be64(at)) }, ErrProtocol},
-		"empty data":           {func(r got) []byte { return chunkOf(0, chunkData, r.cookie, be64(at)) }, ErrProtocol},
-		"status of a read":     {func(r got) []byte { return chunkOf(0, chunkBlockStatus, r.cookie, extentsOf(1, sector, 1)) }, ErrProtocol},
-		"unknown type":         {func(r got) []byte { return chunkOf(0, 77, r.cookie) }, ErrProtocol},
-		"none, not the last":   {func(r got) []byte { return chunkOf(0, chunkNone, r.cookie) }, ErrProtocol},
-		"chunks without end":   {func(r got) []byte { return bytes.Repeat(chunkOf(0, chunkError, r.cookie, be32(EIO), be16(0)), 2000) }, ErrProtocol},
-		"error without number": {func(r got) []byte { return chunkOf(chunkDone, chunkError, r.cookie, be32(0), be16(0)) }, ErrProtocol},
-		"error text too long":  {func(r got) []byte { return chunkOf(chunkDone, chunkError, r.cookie, be32(5), be16(9), []byte("short")) }, ErrProtocol},
+		"wrong magic":    {func(r got) []byte { return be32(1) }, ErrProtocol},
+		"hangs up":       {func(r got) []byte { return nil }, ErrLost},
+		"unknown cookie": {func(r got) []byte { return data(wire.ChunkDone, r.cookie+9, at, 4) }, ErrProtocol},
+		"simple reply":   {func(r got) []byte { return join(simpleOf(0, r.cookie), sectors(4, 1)) }, ErrProtocol},
+		"part missing":   {func(r got) []byte { return data(wire.ChunkDone, r.cookie, at, 3) }, ErrProtocol},
+		"nothing":        {func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkNone, r.cookie) }, ErrProtocol},
+		"part twice": {func(r got) []byte {
+			return join(data(0, r.cookie, at, 2), data(wire.ChunkDone, r.cookie, at+sector, 3))
+		}, ErrProtocol},
+		"before the read":    {func(r got) []byte { return data(wire.ChunkDone, r.cookie, at-sector, 4) }, ErrProtocol},
+		"beyond the read":    {func(r got) []byte { return data(wire.ChunkDone, r.cookie, at+sector, 4) }, ErrProtocol},
+		"offset overflow":    {func(r got) []byte { return data(wire.ChunkDone, r.cookie, 1<<63, 4) }, ErrProtocol},
+		"hole overflow":      {func(r got) []byte { return hole(wire.ChunkDone, r.cookie, at, 1<<32-1) }, ErrProtocol},
+		"empty hole":         {func(r got) []byte { return hole(0, r.cookie, at, 0) }, ErrProtocol},
+		"short hole":         {func(r got) []byte { return chunkOf(0, wire.ChunkHole, r.cookie, be64(at)) }, ErrProtocol},
+		"empty data":         {func(r got) []byte { return chunkOf(0, wire.ChunkData, r.cookie, be64(at)) }, ErrProtocol},
+		"status of a read":   {func(r got) []byte { return chunkOf(0, wire.ChunkBlockStatus, r.cookie, extentsOf(1, sector, 1)) }, ErrProtocol},
+		"unknown type":       {func(r got) []byte { return chunkOf(0, 77, r.cookie) }, ErrProtocol},
+		"none, not the last": {func(r got) []byte { return chunkOf(0, wire.ChunkNone, r.cookie) }, ErrProtocol},
+		"chunks without end": {func(r got) []byte {
+			return bytes.Repeat(chunkOf(0, wire.ChunkError, r.cookie, be32(EIO), be16(0)), 2000)
+		}, ErrProtocol},
+		"error without number": {func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkError, r.cookie, be32(0), be16(0)) }, ErrProtocol},
+		"error text too long": {func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkError, r.cookie, be32(5), be16(9), []byte("short"))
+		}, ErrProtocol},
 		"huge error": {func(r got) []byte {
-			return join(be32(magicChunk), be16(chunkDone), be16(chunkError), be64(r.cookie), be32(1<<30))
+			return join(be32(wire.MagicChunk), be16(wire.ChunkDone), be16(wire.ChunkError), be64(r.cookie), be32(1<<30))
 		}, ErrProtocol},
 		"huge data": {func(r got) []byte {
-			return join(be32(magicChunk), be16(chunkDone), be16(chunkData), be64(r.cookie), be32(1<<31), be64(at))
+			return join(be32(wire.MagicChunk), be16(wire.ChunkDone), be16(wire.ChunkData), be64(r.cookie), be32(1<<31), be64(at))
 		}, ErrProtocol},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -312,7 +319,7 @@ func TestReadMisbehaviour(t *testing.T) {
 	}
 	for name, reply := range map[string]func(r got) []byte{
 		"in pieces, out of order": func(r got) []byte {
-			return join(hole(0, r.cookie, at+2*sector, sector), data(0, r.cookie, at+3*sector, 1), data(0, r.cookie, at, 2), chunkOf(chunkDone, chunkNone, r.cookie))
+			return join(hole(0, r.cookie, at+2*sector, sector), data(0, r.cookie, at+3*sector, 1), data(0, r.cookie, at, 2), chunkOf(wire.ChunkDone, wire.ChunkNone, r.cookie))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -326,13 +333,15 @@ func TestReadMisbehaviour(t *testing.T) {
 		reply func(r got) []byte
 		errno uint32
 	}{
-		"error chunk": {func(r got) []byte { return chunkOf(chunkDone, chunkError, r.cookie, be32(EIO), be16(3), []byte("bad")) }, EIO},
-		"error with offset": {func(r got) []byte {
-			return chunkOf(chunkDone, chunkErrorOffset, r.cookie, be32(EIO), be16(0), be64(at))
+		"error chunk": {func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkError, r.cookie, be32(EIO), be16(3), []byte("bad"))
 		}, EIO},
-		"unknown error type": {func(r got) []byte { return chunkOf(chunkDone, chunkIsError+40, r.cookie, be32(99), be64(1)) }, 99},
+		"error with offset": {func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkErrorOffset, r.cookie, be32(EIO), be16(0), be64(at))
+		}, EIO},
+		"unknown error type": {func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkIsError+40, r.cookie, be32(99), be64(1)) }, 99},
 		"error among data": {func(r got) []byte {
-			return join(data(0, r.cookie, at, 1), chunkOf(0, chunkError, r.cookie, be32(EIO), be16(0)), data(0, r.cookie, at+sector, 1), chunkOf(chunkDone, chunkNone, r.cookie))
+			return join(data(0, r.cookie, at, 1), chunkOf(0, wire.ChunkError, r.cookie, be32(EIO), be16(0)), data(0, r.cookie, at+sector, 1), chunkOf(wire.ChunkDone, wire.ChunkNone, r.cookie))
 		}, EIO},
 		"simple error": {func(r got) []byte { return simpleOf(ESHUTDOWN, r.cookie) }, ESHUTDOWN},
 	} {
@@ -342,7 +351,7 @@ func TestReadMisbehaviour(t *testing.T) {
 				if n++; n == 1 {
 					return c.reply(r)
 				}
-				return data(chunkDone, r.cookie, uint64(r.off), int(r.length/sector))
+				return data(wire.ChunkDone, r.cookie, uint64(r.off), int(r.length/sector))
 			})
 			var e *Error
 			require.ErrorAs(t, client.ReadAt(testkit.Context(t), make([]byte, 4*sector), at), &e)
@@ -355,21 +364,29 @@ func TestReadMisbehaviour(t *testing.T) {
 
 func TestStatusMisbehaviour(t *testing.T) {
 	for name, reply := range map[string]func(r got) []byte{
-		"no extent":     func(r got) []byte { return chunkOf(chunkDone, chunkBlockStatus, r.cookie, be32(3)) },
-		"no chunk":      func(r got) []byte { return chunkOf(chunkDone, chunkNone, r.cookie) },
-		"empty extent":  func(r got) []byte { return chunkOf(chunkDone, chunkBlockStatus, r.cookie, extentsOf(3, 0, 1)) },
-		"other context": func(r got) []byte { return chunkOf(chunkDone, chunkBlockStatus, r.cookie, extentsOf(4, sector, 1)) },
+		"no extent": func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, be32(3)) },
+		"no chunk":  func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkNone, r.cookie) },
+		"empty extent": func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, extentsOf(3, 0, 1))
+		},
+		"other context": func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, extentsOf(4, sector, 1))
+		},
 		"twice": func(r got) []byte {
-			b := chunkOf(0, chunkBlockStatus, r.cookie, extentsOf(3, sector, 1))
+			b := chunkOf(0, wire.ChunkBlockStatus, r.cookie, extentsOf(3, sector, 1))
 			return join(b, b)
 		},
-		"ragged": func(r got) []byte { return chunkOf(chunkDone, chunkBlockStatus, r.cookie, extentsOf(3, sector, 1, 4)) },
-		"simple": func(r got) []byte { return simpleOf(0, r.cookie) },
-		"data":   func(r got) []byte { return chunkOf(chunkDone, chunkData, r.cookie, be64(0), sectors(1, 1)) },
-		"huge": func(r got) []byte {
-			return join(be32(magicChunk), be16(1), be16(chunkBlockStatus), be64(r.cookie), be32(1<<32-4))
+		"ragged": func(r got) []byte {
+			return chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, extentsOf(3, sector, 1, 4))
 		},
-		"without end": func(r got) []byte { return bytes.Repeat(chunkOf(0, chunkError, r.cookie, be32(5), be16(0)), 20000) },
+		"simple": func(r got) []byte { return simpleOf(0, r.cookie) },
+		"data":   func(r got) []byte { return chunkOf(wire.ChunkDone, wire.ChunkData, r.cookie, be64(0), sectors(1, 1)) },
+		"huge": func(r got) []byte {
+			return join(be32(wire.MagicChunk), be16(1), be16(wire.ChunkBlockStatus), be64(r.cookie), be32(1<<32-4))
+		},
+		"without end": func(r got) []byte {
+			return bytes.Repeat(chunkOf(0, wire.ChunkError, r.cookie, be32(5), be16(0)), 20000)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			client := serveWith(t, withDirty(3), reply, dirtyName)
@@ -387,7 +404,7 @@ func TestExtentsLoopAndClip(t *testing.T) {
 	var asked []got
 	client := serveWith(t, withDirty(3), func(r got) []byte {
 		asked = append(asked, r)
-		return chunkOf(chunkDone, chunkBlockStatus, r.cookie, extentsOf(3, sector, 1, sector, 1, 1<<20, 0, 1<<20, 1))
+		return chunkOf(wire.ChunkDone, wire.ChunkBlockStatus, r.cookie, extentsOf(3, sector, 1, sector, 1, 1<<20, 0, 1<<20, 1))
 	}, dirtyName)
 	at := client.Size()
 	var list []Extent
@@ -416,8 +433,8 @@ func TestGivingUp(t *testing.T) {
 			return []byte{} // nothing yet
 		}
 		<-release
-		late := chunkOf(chunkDone, chunkData, first.cookie, be64(uint64(first.off)), sectors(4, 3))
-		return join(late, chunkOf(chunkDone, chunkData, r.cookie, be64(uint64(r.off)), sectors(2, 5)))
+		late := chunkOf(wire.ChunkDone, wire.ChunkData, first.cookie, be64(uint64(first.off)), sectors(4, 3))
+		return join(late, chunkOf(wire.ChunkDone, wire.ChunkData, r.cookie, be64(uint64(r.off)), sectors(2, 5)))
 	})
 	ctx, cancel := context.WithTimeout(testkit.Context(t), 30*time.Millisecond)
 	defer cancel()
@@ -463,7 +480,7 @@ func TestLimitReads(t *testing.T) {
 		if r.off/4096 != (r.off+r.length-1)/4096 {
 			return nil
 		}
-		return chunkOf(chunkDone, chunkHole, r.cookie, be64(uint64(r.off)), be32(uint32(r.length)))
+		return chunkOf(wire.ChunkDone, wire.ChunkHole, r.cookie, be64(uint64(r.off)), be32(uint32(r.length)))
 	})
 	client.LimitReads(4096)
 	require.NoError(t, client.ReadAt(testkit.Context(t), make([]byte, 9*sector), 7*sector))
@@ -472,12 +489,12 @@ func TestLimitReads(t *testing.T) {
 
 // A server may refuse to answer a long read in one piece.
 func TestOnePieceTooLong(t *testing.T) {
-	own := map[uint32][]byte{optGo: join(optionReply(optGo, repInfo, exportInfo(scriptSize, 1|exportDF)), optionReply(optGo, repAck))}
+	own := map[uint32][]byte{wire.OptGo: join(optionReply(wire.OptGo, wire.RepInfo, exportInfo(scriptSize, 1|wire.ExportDF)), optionReply(wire.OptGo, wire.RepAck))}
 	client := serveWith(t, own, func(r got) []byte {
-		if r.flags&cmdFlagDF != 0 {
-			return chunkOf(chunkDone, chunkError, r.cookie, be32(EOVERFLOW), be16(0))
+		if r.flags&wire.CmdFlagDF != 0 {
+			return chunkOf(wire.ChunkDone, wire.ChunkError, r.cookie, be32(EOVERFLOW), be16(0))
 		}
-		return chunkOf(chunkDone, chunkData, r.cookie, be64(uint64(r.off)), sectors(int(r.length/sector), 4))
+		return chunkOf(wire.ChunkDone, wire.ChunkData, r.cookie, be64(uint64(r.off)), sectors(int(r.length/sector), 4))
 	})
 	p := make([]byte, 3*sector)
 	require.NoError(t, client.ReadAt(testkit.Context(t), p, 0))
@@ -492,14 +509,14 @@ func TestOnePieceTooLong(t *testing.T) {
 
 // A server without structured replies is read all the same.
 func TestSimpleReplies(t *testing.T) {
-	own := map[uint32][]byte{optStructuredReply: optionReply(optStructuredReply, repErrUnsup)}
+	own := map[uint32][]byte{wire.OptStructuredReply: optionReply(wire.OptStructuredReply, wire.RepErrUnsup)}
 	client := serveWith(t, own, func(r got) []byte { return join(simpleOf(0, r.cookie), sectors(int(r.length/sector), 4)) })
 	p := make([]byte, 3*sector)
 	require.NoError(t, client.ReadAt(testkit.Context(t), p, 0))
 	require.Equal(t, sectors(3, 4), p)
 
 	client = serveWith(t, own, func(r got) []byte {
-		return chunkOf(chunkDone, chunkData, r.cookie, be64(0), sectors(1, 4))
+		return chunkOf(wire.ChunkDone, wire.ChunkData, r.cookie, be64(0), sectors(1, 4))
 	})
 	require.ErrorIs(t, client.ReadAt(testkit.Context(t), p[:sector], 0), ErrProtocol)
 }

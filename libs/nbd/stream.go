@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // What one Stream has in flight: measured with QEMU, where more gained little. Small pieces have small buffers, so that a
@@ -138,7 +139,7 @@ func (c *Client) feed(ctx context.Context, plan Plan, queue chan<- piece, room *
 				return // the consumer sees the end of ctx
 			}
 			p := piece{run: part, buf: pool.Get().(*[]byte)}
-			p.k = &call{cmd: cmdRead, at: part.Range, buf: (*p.buf)[:part.Len]}
+			p.k = &call{cmd: wire.CmdRead, at: part.Range, buf: (*p.buf)[:part.Len]}
 			if err := c.start(ctx, p.k, c.readFlags(), nil); err != nil {
 				p.err = fmt.Errorf("read of [%d, +%d): %w", part.Off, part.Len, err)
 			}

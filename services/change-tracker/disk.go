@@ -31,7 +31,7 @@ const (
 	logWarnFirst  = 25
 )
 
-// disk is one exported disk. It implements nbd.Disk.
+// disk is one exported disk. As a guestDisk it is what the NBD server exports.
 type disk struct {
 	m      *machine
 	id     string

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/url"
@@ -14,8 +15,9 @@ import (
 	"go.opentelemetry.io/otel/metric"
 	"google.golang.org/grpc"
 
+	"github.com/landfall-dr/landfall/libs/extent"
+	nbd "github.com/landfall-dr/landfall/libs/nbd/server"
 	changetrackerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/changetracker/v1"
-	"github.com/landfall-dr/landfall/services/change-tracker/internal/nbd"
 )
 
 // Deps is what the service is given. Clock and Logger are required.
@@ -51,7 +53,7 @@ func New(_ context.Context, c Config, d Deps) (*Service, error) {
 	}
 	s := &Service{tracker: newTracker(osFiles{now: d.Clock}, c.StateDir, d.Logger, d.Clock, m)}
 	s.tracker.maxEntries = c.MaxLogEntries
-	s.nbd = nbd.New(exports{s.tracker}, d.Logger)
+	s.nbd = nbd.New(exports{s.tracker}, d.Logger, nbd.Options{})
 	network, address := c.nbd()
 	if network == "unix" {
 		s.unix = address
@@ -105,7 +107,25 @@ func (e exports) Open(name string) (nbd.Disk, error) {
 		return nil, fmt.Errorf("%w: %w", nbd.ErrForbidden, err)
 	}
 	if err != nil {
-		return nil, err // a nil *disk in the interface would not be nil
+		return nil, err
 	}
-	return d, nil
+	return guestDisk{d}, nil
+}
+
+// guestDisk is a disk as guests find it. A guest that goes away ends nothing: the image is at hand.
+type guestDisk struct{ *disk }
+
+func (g guestDisk) ReadAt(_ context.Context, p []byte, off int64) error {
+	n, err := g.disk.ReadAt(p, off)
+	if n == len(p) {
+		return nil // io.EOF may come with the last bytes
+	}
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func (g guestDisk) Allocated(_ context.Context, r extent.Range) (*extent.Set, error) {
+	return g.disk.Allocated(r)
 }

@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"bytes"
@@ -15,6 +15,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -32,10 +33,11 @@ func newMemDisk(size int64) *memDisk { return &memDisk{b: make([]byte, size)} }
 
 func (d *memDisk) Size() int64 { return int64(len(d.b)) }
 
-func (d *memDisk) ReadAt(p []byte, off int64) (int, error) {
+func (d *memDisk) ReadAt(_ context.Context, p []byte, off int64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return copy(p, d.b[off:]), nil
+	copy(p, d.b[off:])
+	return nil
 }
 
 func (d *memDisk) WriteAt(p []byte, off int64, fua bool) error {
@@ -68,7 +70,7 @@ func (d *memDisk) Flush() error {
 	return nil
 }
 
-func (d *memDisk) Allocated(r extent.Range) (*extent.Set, error) {
+func (d *memDisk) Allocated(_ context.Context, r extent.Range) (*extent.Set, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return extent.NewSet(collect(d.set.In(r))...), nil
@@ -97,7 +99,7 @@ func dial(t *testing.T, d *memDisk) net.Conn {
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(testkit.Context(t))
 	done := make(chan error, 1)
-	go func() { done <- New(oneExport{d}, slog.New(slog.DiscardHandler)).Serve(ctx, lis) }()
+	go func() { done <- New(oneExport{d}, slog.New(slog.DiscardHandler), Options{}).Serve(ctx, lis) }()
 	c, err := net.Dial("tcp", lis.Addr().String())
 	require.NoError(t, err)
 	t.Cleanup(func() {
@@ -107,7 +109,7 @@ func dial(t *testing.T, d *memDisk) net.Conn {
 	})
 	hello := read(t, c, 18)
 	require.Equal(t, "NBDMAGICIHAVEOPT", string(hello[:16]))
-	write(t, c, []byte{0, 0, 0, flagFixedNewstyle | flagNoZeroes})
+	write(t, c, []byte{0, 0, 0, wire.FlagFixedNewstyle | wire.FlagNoZeroes})
 	return c
 }
 
@@ -126,7 +128,7 @@ func read(t *testing.T, c net.Conn, n int) []byte {
 }
 
 func option(opt uint32, data []byte) []byte {
-	b := binary.BigEndian.AppendUint64(nil, magicOption)
+	b := binary.BigEndian.AppendUint64(nil, wire.MagicOption)
 	b = binary.BigEndian.AppendUint32(b, opt)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
 	return append(b, data...)
@@ -136,12 +138,12 @@ func option(opt uint32, data []byte) []byte {
 func answer(t *testing.T, c net.Conn) (kind uint32, data []byte) {
 	t.Helper()
 	h := read(t, c, 20)
-	require.Equal(t, uint64(magicReply), binary.BigEndian.Uint64(h))
+	require.Equal(t, uint64(wire.MagicReply), binary.BigEndian.Uint64(h))
 	return binary.BigEndian.Uint32(h[12:]), read(t, c, int(binary.BigEndian.Uint32(h[16:])))
 }
 
 func command(kind, flags uint16, off uint64, n uint32) []byte {
-	b := binary.BigEndian.AppendUint32(nil, magicRequest)
+	b := binary.BigEndian.AppendUint32(nil, wire.MagicRequest)
 	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, kind)
 	b = binary.BigEndian.AppendUint64(b, 42)
@@ -152,7 +154,7 @@ func command(kind, flags uint16, off uint64, n uint32) []byte {
 func simple(t *testing.T, c net.Conn) uint32 {
 	t.Helper()
 	h := read(t, c, 16)
-	require.EqualValues(t, magicSimple, binary.BigEndian.Uint32(h))
+	require.EqualValues(t, wire.MagicSimple, binary.BigEndian.Uint32(h))
 	require.EqualValues(t, 42, binary.BigEndian.Uint64(h[8:]))
 	return binary.BigEndian.Uint32(h[4:])
 }
@@ -162,24 +164,24 @@ func TestExportNameServesSimpleReplies(t *testing.T) {
 	c := dial(t, d)
 	write(t, c, option(99, nil))
 	kind, _ := answer(t, c)
-	require.EqualValues(t, errUnsup, kind)
-	write(t, c, option(optExportName, []byte("vm/os")))
+	require.EqualValues(t, wire.RepErrUnsup, kind)
+	write(t, c, option(wire.OptExportName, []byte("vm/os")))
 	require.EqualValues(t, 1<<20, binary.BigEndian.Uint64(read(t, c, 10)))
 
 	payload := bytes.Repeat([]byte{7}, 1024)
-	write(t, c, append(command(cmdWrite, cmdFlagFUA, 512, 1024), payload...))
+	write(t, c, append(command(wire.CmdWrite, wire.CmdFlagFUA, 512, 1024), payload...))
 	require.Zero(t, simple(t, c))
 	d.mu.Lock()
 	require.Equal(t, 1, d.flushes)
 	d.mu.Unlock()
-	write(t, c, command(cmdRead, 0, 512, 1024))
+	write(t, c, command(wire.CmdRead, 0, 512, 1024))
 	require.Zero(t, simple(t, c))
 	require.Equal(t, payload, read(t, c, 1024))
-	write(t, c, command(cmdTrim, 0, 512, 512))
+	write(t, c, command(wire.CmdTrim, 0, 512, 512))
 	require.Zero(t, simple(t, c))
-	write(t, c, command(cmdFlush, 0, 0, 0))
+	write(t, c, command(wire.CmdFlush, 0, 0, 0))
 	require.Zero(t, simple(t, c))
-	write(t, c, command(cmdDisconnect, 0, 0, 0))
+	write(t, c, command(wire.CmdDisconnect, 0, 0, 0))
 	_, err := c.Read(make([]byte, 1))
 	require.ErrorIs(t, err, io.EOF)
 	d.mu.Lock()
@@ -191,22 +193,22 @@ func TestExportNameServesSimpleReplies(t *testing.T) {
 // A refused request is answered and leaves the connection in step.
 func TestBadRequestsAreRefused(t *testing.T) {
 	c := dial(t, newMemDisk(1<<20))
-	write(t, c, option(optExportName, []byte("vm/os")))
+	write(t, c, option(wire.OptExportName, []byte("vm/os")))
 	read(t, c, 10)
 	for name, tc := range map[string]struct {
 		request []byte
 		errno   uint32
 	}{
-		"unaligned":          {command(cmdRead, 0, 100, 512), errInval},
-		"beyond the end":     {command(cmdRead, 0, 1<<20, 512), errInval},
-		"offset overflows":   {command(cmdTrim, 0, ^uint64(511), 1024), errInval},
-		"write beyond":       {append(command(cmdWrite, 0, 1<<20, 512), make([]byte, 512)...), errNoSpace},
-		"too large":          {command(cmdRead, 0, 0, MaxRequest+512), errOverflow},
-		"too large write":    {append(command(cmdWrite, 0, 0, MaxRequest+512), make([]byte, MaxRequest+512)...), errOverflow},
-		"unknown command":    {command(77, 0, 0, 512), errInval},
-		"unknown flag":       {command(cmdRead, 1<<9, 0, 512), errInval},
-		"status not agreed":  {command(cmdBlockStatus, 0, 0, 512), errInval},
-		"fast zero, no hole": {command(cmdWriteZeroes, cmdFlagFastZero|cmdFlagNoHole, 0, 512), errNotSup},
+		"unaligned":          {command(wire.CmdRead, 0, 100, 512), wire.EINVAL},
+		"beyond the end":     {command(wire.CmdRead, 0, 1<<20, 512), wire.EINVAL},
+		"offset overflows":   {command(wire.CmdTrim, 0, ^uint64(511), 1024), wire.EINVAL},
+		"write beyond":       {append(command(wire.CmdWrite, 0, 1<<20, 512), make([]byte, 512)...), wire.ENOSPC},
+		"too large":          {command(wire.CmdRead, 0, 0, MaxRequest+512), wire.EOVERFLOW},
+		"too large write":    {append(command(wire.CmdWrite, 0, 0, MaxRequest+512), make([]byte, MaxRequest+512)...), wire.EOVERFLOW},
+		"unknown command":    {command(77, 0, 0, 512), wire.EINVAL},
+		"unknown flag":       {command(wire.CmdRead, 1<<9, 0, 512), wire.EINVAL},
+		"status not agreed":  {command(wire.CmdBlockStatus, 0, 0, 512), wire.EINVAL},
+		"fast zero, no hole": {command(wire.CmdWriteZeroes, wire.CmdFlagFastZero|wire.CmdFlagNoHole, 0, 512), wire.ENOTSUP},
 	} {
 		t.Run(name, func(t *testing.T) {
 			write(t, c, tc.request)
@@ -219,28 +221,28 @@ func TestBlockStatusTellsHoles(t *testing.T) {
 	d := newMemDisk(1 << 20)
 	require.NoError(t, d.WriteAt(make([]byte, 4096), 65536, false))
 	c := dial(t, d)
-	write(t, c, option(optStructuredReply, nil))
+	write(t, c, option(wire.OptStructuredReply, nil))
 	kind, _ := answer(t, c)
-	require.EqualValues(t, repAck, kind)
+	require.EqualValues(t, wire.RepAck, kind)
 	q := binary.BigEndian.AppendUint32(nil, 5)
 	q = append(q, "vm/os"...)
 	q = binary.BigEndian.AppendUint32(q, 1)
-	q = binary.BigEndian.AppendUint32(q, uint32(len(contextName)))
-	write(t, c, option(optSetMeta, append(q, contextName...)))
+	q = binary.BigEndian.AppendUint32(q, uint32(len(wire.ContextAllocation)))
+	write(t, c, option(wire.OptSetMeta, append(q, wire.ContextAllocation...)))
 	kind, _ = answer(t, c)
-	require.EqualValues(t, repMeta, kind)
+	require.EqualValues(t, wire.RepMeta, kind)
 	kind, _ = answer(t, c)
-	require.EqualValues(t, repAck, kind)
+	require.EqualValues(t, wire.RepAck, kind)
 	info := append(binary.BigEndian.AppendUint32(nil, 5), "vm/os\x00\x00"...)
-	write(t, c, option(optGo, info))
-	for kind = repInfo; kind == repInfo; {
+	write(t, c, option(wire.OptGo, info))
+	for kind = wire.RepInfo; kind == wire.RepInfo; {
 		kind, _ = answer(t, c)
 	}
-	require.EqualValues(t, repAck, kind)
+	require.EqualValues(t, wire.RepAck, kind)
 
-	write(t, c, command(cmdBlockStatus, 0, 0, 1<<20))
+	write(t, c, command(wire.CmdBlockStatus, 0, 0, 1<<20))
 	h := read(t, c, 20)
-	require.EqualValues(t, chunkBlockStatus, binary.BigEndian.Uint16(h[6:]))
+	require.EqualValues(t, wire.ChunkBlockStatus, binary.BigEndian.Uint16(h[6:]))
 	b := read(t, c, int(binary.BigEndian.Uint32(h[16:])))
 	var got []uint32
 	for i := 4; i < len(b); i += 4 {
@@ -248,22 +250,22 @@ func TestBlockStatusTellsHoles(t *testing.T) {
 	}
 	require.Equal(t, []uint32{65536, 3, 4096, 0, 1<<20 - 65536 - 4096, 3}, got)
 
-	write(t, c, command(cmdRead, 0, 65536, 512))
+	write(t, c, command(wire.CmdRead, 0, 65536, 512))
 	h = read(t, c, 20)
-	require.EqualValues(t, chunkData, binary.BigEndian.Uint16(h[6:]))
+	require.EqualValues(t, wire.ChunkData, binary.BigEndian.Uint16(h[6:]))
 	read(t, c, int(binary.BigEndian.Uint32(h[16:])))
 }
 
 // Whatever bytes come, requests parse without panic and what check accepts lies on the disk.
 func FuzzRequest(f *testing.F) {
-	f.Add(command(cmdRead, 0, 0, 512), true)
-	f.Add(command(cmdWriteZeroes, cmdFlagFastZero, ^uint64(0)-511, ^uint32(0)-511), false)
+	f.Add(command(wire.CmdRead, 0, 0, 512), true)
+	f.Add(command(wire.CmdWriteZeroes, wire.CmdFlagFastZero, ^uint64(0)-511, ^uint32(0)-511), false)
 	f.Fuzz(func(t *testing.T, b []byte, structured bool) {
 		const size = 1 << 30
-		var head [requestSize]byte
+		var head [wire.RequestSize]byte
 		copy(head[:], b)
 		r, err := parseRequest(&head)
-		if err != nil || r.check(size, structured) != 0 || r.kind == cmdFlush {
+		if err != nil || r.check(size, true, structured) != 0 || r.kind == wire.CmdFlush {
 			return
 		}
 		if r.off+uint64(r.length) > size || r.length == 0 {
@@ -274,12 +276,12 @@ func FuzzRequest(f *testing.F) {
 
 // Whatever a client sends, the server neither panics nor hangs.
 func FuzzConversation(f *testing.F) {
-	f.Add(append([]byte{0, 0, 0, 3}, option(optList, nil)...))
-	f.Add(append(append([]byte{0, 0, 0, 3}, option(optExportName, []byte("vm/os"))...), command(cmdRead, 0, 0, 512)...))
-	f.Add(append(append([]byte{0, 0, 0, 3}, option(optStructuredReply, nil)...), option(optSetMeta, []byte("\x00\x00\x00\x05vm/os\x00\x00\x00\x01\x00\x00\x00\x0fbase:allocation"))...))
+	f.Add(append([]byte{0, 0, 0, 3}, option(wire.OptList, nil)...))
+	f.Add(append(append([]byte{0, 0, 0, 3}, option(wire.OptExportName, []byte("vm/os"))...), command(wire.CmdRead, 0, 0, 512)...))
+	f.Add(append(append([]byte{0, 0, 0, 3}, option(wire.OptStructuredReply, nil)...), option(wire.OptSetMeta, []byte("\x00\x00\x00\x05vm/os\x00\x00\x00\x01\x00\x00\x00\x0fbase:allocation"))...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		client, server := net.Pipe()
-		s := New(oneExport{newMemDisk(1 << 16)}, slog.New(slog.DiscardHandler))
+		s := New(oneExport{newMemDisk(1 << 16)}, slog.New(slog.DiscardHandler), Options{})
 		c := &conn{server: s, nc: server, done: make(chan struct{})}
 		var wg sync.WaitGroup
 		wg.Go(func() { _, _ = io.Copy(io.Discard, client) })

@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"context"
@@ -15,32 +15,40 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // transmit serves requests until the client disconnects, the connection breaks, or stop was called. Requests in flight
 // are finished and answered before it returns.
-func (c *conn) transmit() error {
+func (c *conn) transmit() (err error) {
+	reads, gone := context.WithCancel(context.Background())
+	defer gone()
 	inFlight := semaphore.NewWeighted(maxInFlight)
 	memory := semaphore.NewWeighted(maxInFlightBytes)
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer func() {
+		if err != nil && !c.stopped() {
+			gone() // nobody takes what is still read
+		}
+	}()
 	ctx := context.Background() // both semaphores are released by requests, which always end
-	var head [requestSize]byte
+	var head [wire.RequestSize]byte
 	for {
-		if _, err := io.ReadFull(c.in, head[:]); err != nil {
+		if _, err = io.ReadFull(c.in, head[:]); err != nil {
 			return err
 		}
 		r, err := parseRequest(&head)
 		if err != nil {
 			return err
 		}
-		if r.kind == cmdDisconnect {
+		if r.kind == wire.CmdDisconnect {
 			return nil
 		}
-		errno := r.check(c.disk.Size(), c.structured && c.meta != "")
+		errno := r.check(c.disk.Size(), c.writer != nil, c.structured && c.meta != "")
 		if errno != 0 {
 			// The payload of a refused write follows all the same.
-			if r.kind == cmdWrite {
+			if r.kind == wire.CmdWrite {
 				if r.length > maxDiscard {
 					return fmt.Errorf("%w: write of %d bytes", errProtocol, r.length)
 				}
@@ -56,73 +64,84 @@ func (c *conn) transmit() error {
 		_ = inFlight.Acquire(ctx, 1)
 		need := int64(0)
 		var buf []byte
-		if r.kind == cmdRead || r.kind == cmdWrite {
+		if r.kind == wire.CmdRead || r.kind == wire.CmdWrite {
 			need = int64(r.length)
 			_ = memory.Acquire(ctx, need)
+			if c.server.memory != nil {
+				_ = c.server.memory.Acquire(ctx, need)
+			}
 			buf = getBuffer(int(r.length))
 		}
-		if r.kind == cmdWrite {
-			if _, err := io.ReadFull(c.in, buf); err != nil {
+		free := func() {
+			if buf != nil {
 				putBuffer(buf)
+				memory.Release(need)
+				if c.server.memory != nil {
+					c.server.memory.Release(need)
+				}
+			}
+		}
+		if r.kind == wire.CmdWrite {
+			if _, err := io.ReadFull(c.in, buf); err != nil {
+				free()
 				return err
 			}
 		}
 		wg.Go(func() {
 			defer inFlight.Release(1)
-			if err := c.serve(r, buf); err != nil {
+			if err := c.serve(reads, r, buf); err != nil {
 				_ = c.nc.Close() // the reader sees it
 			}
-			if buf != nil {
-				putBuffer(buf)
-				memory.Release(need)
-			}
+			free()
 		})
 	}
 }
 
 // serve answers a request that passed check; a panic of the disk is an error of this request. An error means that the
 // reply could not be sent.
-func (c *conn) serve(r request, buf []byte) (err error) {
+func (c *conn) serve(ctx context.Context, r request, buf []byte) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			c.server.logger.Error("guest request panicked", "export", c.export(), "command", r.kind, "offset", r.off,
+			c.server.logger.Error("NBD request panicked", "export", c.export(), "command", r.kind, "offset", r.off,
 				"length", r.length, "panic", p, "stack", string(debug.Stack()))
-			err = c.fail(r, errIO)
+			err = c.fail(r, wire.EIO)
 		}
 	}()
-	return c.do(r, buf)
+	return c.do(ctx, r, buf)
 }
 
-func (c *conn) do(r request, buf []byte) error {
+func (c *conn) do(ctx context.Context, r request, buf []byte) error {
 	at := extent.Range{Off: int64(r.off), Len: int64(r.length)}
-	fua := r.flags&cmdFlagFUA != 0
+	fua := r.flags&wire.CmdFlagFUA != 0
 	var err error
 	switch r.kind {
-	case cmdRead:
+	case wire.CmdRead:
 		var reply net.Buffers
-		if reply, err = c.read(r, at, buf); err == nil {
+		if reply, err = c.read(ctx, r, at, buf); err == nil {
 			return c.send(reply...)
 		}
-	case cmdWrite:
-		err = c.disk.WriteAt(buf, at.Off, fua)
-	case cmdFlush:
-		err = c.disk.Flush()
-	case cmdTrim:
-		err = c.disk.Zero(at, false, fua)
-	case cmdWriteZeroes:
-		keep := r.flags&cmdFlagNoHole != 0
-		if r.flags&cmdFlagFastZero != 0 && (keep || !fastZero(c.disk)) {
-			return c.fail(r, errNotSup) // it would be, or might become, a write of zeros
+	case wire.CmdWrite:
+		err = c.writer.WriteAt(buf, at.Off, fua)
+	case wire.CmdFlush:
+		if c.writer != nil {
+			err = c.writer.Flush()
 		}
-		err = c.disk.Zero(at, keep, fua)
-	case cmdBlockStatus:
+	case wire.CmdTrim:
+		err = c.writer.Zero(at, false, fua)
+	case wire.CmdWriteZeroes:
+		keep := r.flags&wire.CmdFlagNoHole != 0
+		if r.flags&wire.CmdFlagFastZero != 0 && (keep || !fastZero(c.disk)) {
+			return c.fail(r, wire.ENOTSUP) // it would be, or might become, a write of zeros
+		}
+		err = c.writer.Zero(at, keep, fua)
+	case wire.CmdBlockStatus:
 		var reply []byte
-		if reply, err = c.status(r, at); err == nil {
+		if reply, err = c.status(ctx, r, at); err == nil {
 			return c.send(reply)
 		}
 	}
 	if err != nil {
-		c.server.logger.Error("guest request failed", "export", c.export(), "command", r.kind, "offset", r.off, "length", r.length, "err", err)
+		c.server.logger.Error("NBD request failed", "export", c.export(), "command", r.kind, "offset", r.off, "length", r.length, "err", err)
 		return c.fail(r, errno(err))
 	}
 	return c.send(simpleReply(0, r.cookie))
@@ -131,24 +150,24 @@ func (c *conn) do(r request, buf []byte) error {
 func errno(err error) uint32 {
 	switch {
 	case errors.Is(err, syscall.ENOSPC):
-		return errNoSpace
-	case errors.Is(err, net.ErrClosed):
-		return errShutdown
+		return wire.ENOSPC
+	case errors.Is(err, net.ErrClosed), errors.Is(err, ErrStopping):
+		return wire.ESHUTDOWN
 	default:
-		return errIO
+		return wire.EIO
 	}
 }
 
 // read fills buf where the disk holds data and returns the reply. Nothing was sent if it fails.
-func (c *conn) read(r request, at extent.Range, buf []byte) (net.Buffers, error) {
+func (c *conn) read(ctx context.Context, r request, at extent.Range, buf []byte) (net.Buffers, error) {
 	if !c.structured {
-		return net.Buffers{simpleReply(0, r.cookie), buf}, c.fill(buf, at.Off)
+		return net.Buffers{simpleReply(0, r.cookie), buf}, c.disk.ReadAt(ctx, buf, at.Off)
 	}
-	have := c.present(at, r.flags&cmdFlagDF != 0)
+	have := c.present(ctx, at, r.flags&wire.CmdFlagDF != 0)
 	var reply net.Buffers
 	hole := func(off, end int64) {
 		if off < end {
-			head := chunkHead(chunkHole, r.cookie, 12, end == at.End())
+			head := chunkHead(wire.ChunkHole, r.cookie, 12, end == at.End())
 			head = binary.BigEndian.AppendUint64(head, uint64(off))
 			reply = append(reply, binary.BigEndian.AppendUint32(head, uint32(end-off)))
 		}
@@ -157,10 +176,10 @@ func (c *conn) read(r request, at extent.Range, buf []byte) (net.Buffers, error)
 	for run := range have.In(at) {
 		hole(end, run.Off)
 		data := buf[run.Off-at.Off : run.End()-at.Off]
-		if err := c.fill(data, run.Off); err != nil {
+		if err := c.disk.ReadAt(ctx, data, run.Off); err != nil {
 			return nil, err
 		}
-		head := chunkHead(chunkData, r.cookie, 8+len(data), run.End() == at.End())
+		head := chunkHead(wire.ChunkData, r.cookie, 8+len(data), run.End() == at.End())
 		reply = append(reply, binary.BigEndian.AppendUint64(head, uint64(run.Off)), data)
 		end = run.End()
 	}
@@ -170,8 +189,12 @@ func (c *conn) read(r request, at extent.Range, buf []byte) (net.Buffers, error)
 
 // present returns the parts of at that are to be read, whole sectors. A disk that cannot tell is read: its map only
 // saves work. Many pieces, or any number of them where the client wants one chunk, become one.
-func (c *conn) present(at extent.Range, single bool) *extent.Set {
-	set, err := c.disk.Allocated(at)
+func (c *conn) present(ctx context.Context, at extent.Range, single bool) *extent.Set {
+	a, ok := c.disk.(Allocator)
+	if !ok {
+		return extent.NewSet(at)
+	}
+	set, err := a.Allocated(ctx, at)
 	if err != nil {
 		return extent.NewSet(at)
 	}
@@ -191,30 +214,19 @@ func sectors(set *extent.Set, at extent.Range) *extent.Set {
 	return out
 }
 
-func (c *conn) fill(buf []byte, off int64) error {
-	n, err := c.disk.ReadAt(buf, off)
-	if n == len(buf) {
-		return nil // io.EOF may come with the last bytes
-	}
-	if err == nil {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
-}
-
 // fail answers with an error number: as a chunk where the client expects chunks.
 func (c *conn) fail(r request, errno uint32) error {
-	if !c.structured || r.kind != cmdRead && r.kind != cmdBlockStatus {
+	if !c.structured || r.kind != wire.CmdRead && r.kind != wire.CmdBlockStatus {
 		return c.send(simpleReply(errno, r.cookie))
 	}
-	b := chunkHead(chunkError, r.cookie, 6, true)
+	b := chunkHead(wire.ChunkError, r.cookie, 6, true)
 	b = binary.BigEndian.AppendUint32(b, errno)
 	return c.send(binary.BigEndian.AppendUint16(b, 0))
 }
 
 // status describes at, or its first part if it has too many pieces.
-func (c *conn) status(r request, at extent.Range) ([]byte, error) {
-	set, err := c.disk.Allocated(at)
+func (c *conn) status(ctx context.Context, r request, at extent.Range) ([]byte, error) {
+	set, err := c.disk.(Allocator).Allocated(ctx, at) // the context is agreed on for those only
 	if err != nil {
 		return nil, err
 	}
@@ -227,7 +239,7 @@ func (c *conn) status(r request, at extent.Range) ([]byte, error) {
 			b = binary.BigEndian.AppendUint32(b, state)
 			n++
 		}
-		return n < maxExtents && (n == 0 || r.flags&cmdFlagReqOne == 0)
+		return n < maxExtents && (n == 0 || r.flags&wire.CmdFlagReqOne == 0)
 	}
 	end := at.Off
 	more := true
@@ -240,7 +252,7 @@ func (c *conn) status(r request, at extent.Range) ([]byte, error) {
 	if more {
 		add(at.End()-end, stateHoleZero)
 	}
-	return append(chunkHead(chunkBlockStatus, r.cookie, len(b), true), b...), nil
+	return append(chunkHead(wire.ChunkBlockStatus, r.cookie, len(b), true), b...), nil
 }
 
 func (c *conn) send(parts ...[]byte) error {

@@ -1,84 +1,24 @@
-package nbd
+package server
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
-// Numbers of the protocol (https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md).
+// contextID is the number of base:allocation on every connection.
+const contextID = 1
+
+// stateHoleZero are the flags of space that is not held.
+const stateHoleZero = wire.StateHole | wire.StateZero
+
+// Transmission flags of every export, and those of exports that can be written.
 const (
-	magicServer  = 0x4e42444d41474943 // "NBDMAGIC"
-	magicOption  = 0x49484156454f5054 // "IHAVEOPT"
-	magicReply   = 0x0003e889045565a9
-	magicRequest = 0x25609513
-	magicSimple  = 0x67446698
-	magicChunk   = 0x668e33ef
-
-	flagFixedNewstyle = 1 << 0
-	flagNoZeroes      = 1 << 1
-
-	optExportName      = 1
-	optAbort           = 2
-	optList            = 3
-	optInfo            = 6
-	optGo              = 7
-	optStructuredReply = 8
-	optListMeta        = 9
-	optSetMeta         = 10
-
-	repAck     = 1
-	repServer  = 2
-	repInfo    = 3
-	repMeta    = 4
-	repErr     = 1 << 31
-	errUnsup   = repErr + 1
-	errPolicy  = repErr + 2
-	errInvalid = repErr + 3
-	errUnknown = repErr + 6
-	errTooBig  = repErr + 9
-
-	infoExport    = 0
-	infoBlockSize = 3
-
-	// transmission flags of every export: has-flags, flush, FUA, trim, write-zeroes, multi-conn
-	exportFlags  = 1<<0 | 1<<2 | 1<<3 | 1<<5 | 1<<6 | 1<<8
-	flagDF       = 1 << 7  // only with structured replies
-	flagFastZero = 1 << 11 // only for a disk that is a FastZeroer
-
-	cmdRead        = 0
-	cmdWrite       = 1
-	cmdDisconnect  = 2
-	cmdFlush       = 3
-	cmdTrim        = 4
-	cmdWriteZeroes = 6
-	cmdBlockStatus = 7
-
-	cmdFlagFUA      = 1 << 0
-	cmdFlagNoHole   = 1 << 1
-	cmdFlagDF       = 1 << 2
-	cmdFlagReqOne   = 1 << 3
-	cmdFlagFastZero = 1 << 4
-
-	chunkDone        = 1 << 0
-	chunkNone        = 0
-	chunkData        = 1
-	chunkHole        = 2
-	chunkBlockStatus = 5
-	chunkError       = 1<<15 + 1
-
-	stateHoleZero = 1<<0 | 1<<1
-
-	errIO       = 5
-	errInval    = 22
-	errNoSpace  = 28
-	errOverflow = 75
-	errNotSup   = 95
-	errShutdown = 108
-
-	requestSize = 28
-	contextID   = 1
-	contextName = "base:allocation"
+	exportFlags   = wire.ExportHasFlags | wire.ExportMultiConn
+	readOnlyFlags = wire.ExportReadOnly
+	writableFlags = wire.ExportFlush | wire.ExportFUA | wire.ExportTrim | wire.ExportZeroes
 )
 
 // Bounds.
@@ -86,10 +26,9 @@ const (
 	// SectorSize is the smallest block, in bytes: every request is whole sectors.
 	SectorSize = 512
 	// MaxRequest is the largest payload of a request, in bytes.
-	MaxRequest = 32 << 20
+	MaxRequest = wire.MaxPayload
 	// maxDiscard is the largest payload that is read only to be refused, in bytes; beyond it the client is cut off.
 	maxDiscard = 2 * MaxRequest
-	maxName    = 4096 // of an export, as the protocol has it
 	maxOption  = 8 << 10
 	maxOptions = 128
 	// maxNamed bounds the exports that a refusal lists.
@@ -110,8 +49,8 @@ type request struct {
 	length uint32
 }
 
-func parseRequest(b *[requestSize]byte) (request, error) {
-	if m := binary.BigEndian.Uint32(b[:]); m != magicRequest {
+func parseRequest(b *[wire.RequestSize]byte) (request, error) {
+	if m := binary.BigEndian.Uint32(b[:]); m != wire.MagicRequest {
 		return request{}, fmt.Errorf("%w: request magic %#08x", errProtocol, m)
 	}
 	return request{
@@ -125,50 +64,53 @@ func parseRequest(b *[requestSize]byte) (request, error) {
 
 // check returns the error number to answer a request with that cannot be done on a disk of size bytes, or 0.
 // status says that base:allocation was agreed on.
-func (r request) check(size int64, status bool) uint32 {
+func (r request) check(size int64, writable, status bool) uint32 {
 	var allowed uint16
+	if !writable && (r.kind == wire.CmdWrite || r.kind == wire.CmdTrim || r.kind == wire.CmdWriteZeroes) {
+		return wire.EPERM
+	}
 	switch r.kind {
-	case cmdRead:
-		allowed = cmdFlagDF // without structured replies every read is in one piece anyway
-	case cmdWrite, cmdTrim:
-		allowed = cmdFlagFUA
-	case cmdWriteZeroes:
-		allowed = cmdFlagFUA | cmdFlagNoHole | cmdFlagFastZero
-	case cmdBlockStatus:
-		allowed = cmdFlagReqOne
+	case wire.CmdRead:
+		allowed = wire.CmdFlagDF // without structured replies every read is in one piece anyway
+	case wire.CmdWrite, wire.CmdTrim:
+		allowed = wire.CmdFlagFUA
+	case wire.CmdWriteZeroes:
+		allowed = wire.CmdFlagFUA | wire.CmdFlagNoHole | wire.CmdFlagFastZero
+	case wire.CmdBlockStatus:
+		allowed = wire.CmdFlagReqOne
 		if !status { // base:allocation was not agreed on
-			return errInval
+			return wire.EINVAL
 		}
-	case cmdFlush:
+	case wire.CmdFlush:
 		if r.off != 0 || r.length != 0 {
-			return errInval
+			return wire.EINVAL
 		}
 		return 0
 	default:
-		return errInval
+		return wire.EINVAL
 	}
 	// FUA is legal, and means nothing, on commands that do not write.
-	if r.flags&^(allowed|cmdFlagFUA) != 0 {
-		return errInval
+	if r.flags&^(allowed|wire.CmdFlagFUA) != 0 {
+		return wire.EINVAL
 	}
-	if (r.kind == cmdRead || r.kind == cmdWrite) && r.length > MaxRequest {
-		return errOverflow
+	if (r.kind == wire.CmdRead || r.kind == wire.CmdWrite) && r.length > MaxRequest {
+		return wire.EOVERFLOW
 	}
 	if r.length == 0 || r.off%SectorSize != 0 || r.length%SectorSize != 0 {
-		return errInval
+		return wire.EINVAL
 	}
 	if r.off > uint64(size) || uint64(r.length) > uint64(size)-r.off {
-		if r.kind == cmdWrite || r.kind == cmdWriteZeroes {
-			return errNoSpace
+		if r.kind == wire.CmdWrite || r.kind == wire.CmdWriteZeroes {
+			return wire.ENOSPC
 		}
-		return errInval
+		return wire.EINVAL
 	}
 	return 0
 }
 
 func simpleReply(errno uint32, cookie uint64) []byte {
 	b := make([]byte, 16)
-	binary.BigEndian.PutUint32(b, magicSimple)
+	binary.BigEndian.PutUint32(b, wire.MagicSimple)
 	binary.BigEndian.PutUint32(b[4:], errno)
 	binary.BigEndian.PutUint64(b[8:], cookie)
 	return b
@@ -177,9 +119,9 @@ func simpleReply(errno uint32, cookie uint64) []byte {
 // chunkHead is the head of a structured reply with n bytes of payload, the last of its request if done.
 func chunkHead(kind uint16, cookie uint64, n int, done bool) []byte {
 	b := make([]byte, 20, 32)
-	binary.BigEndian.PutUint32(b, magicChunk)
+	binary.BigEndian.PutUint32(b, wire.MagicChunk)
 	if done {
-		binary.BigEndian.PutUint16(b[4:], chunkDone)
+		binary.BigEndian.PutUint16(b[4:], wire.ChunkDone)
 	}
 	binary.BigEndian.PutUint16(b[6:], kind)
 	binary.BigEndian.PutUint64(b[8:], cookie)

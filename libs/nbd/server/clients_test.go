@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -104,7 +105,7 @@ func TestNbdinfo(t *testing.T) {
 		e := info.Exports[0]
 		require.Equal(t, "vm/os", e.Name)
 		require.Equal(t, d.Size(), e.Size)
-		require.Equal(t, []string{contextName}, e.Contexts)
+		require.Equal(t, []string{wire.ContextAllocation}, e.Contexts)
 		require.True(t, e.Flush && e.FUA && e.MultiConn && e.Trim && e.Zero && e.FastZero && e.DF && !e.ReadOnly, "%+v", e)
 		require.Equal(t, []int{SectorSize, 4096, MaxRequest}, []int{e.Min, e.Preferred, e.Max})
 

@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"bytes"
@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -22,25 +23,25 @@ const mib = 1 << 20
 func TestDefaultExport(t *testing.T) {
 	one := serveDisks(t, diskSet{"vm/os": newSparseDisk(mib)}).peer(t)
 	one.greet()
-	one.agree(optStructuredReply, nil)
-	one.agree(optSetMeta, wireMeta("", contextName))
-	one.agree(optGo, wireInfo("vm/os")) // the same export by its name: the context stays
-	one.send(wireRequest(cmdBlockStatus, 0, 1, 0, mib))
-	require.EqualValues(t, chunkBlockStatus, one.chunks()[0].Kind)
+	one.agree(wire.OptStructuredReply, nil)
+	one.agree(wire.OptSetMeta, wireMeta("", wire.ContextAllocation))
+	one.agree(wire.OptGo, wireInfo("vm/os")) // the same export by its name: the context stays
+	one.send(wireRequest(wire.CmdBlockStatus, 0, 1, 0, mib))
+	require.EqualValues(t, wire.ChunkBlockStatus, one.chunks()[0].Kind)
 
 	h := serveDisks(t, diskSet{"vm/os": newSparseDisk(mib), "vm/data": newSparseDisk(mib)})
 	two := h.peer(t)
 	two.greet()
-	r := two.ask(optGo, wireInfo(""))
-	require.Equal(t, uint32(errUnknown), r[0].Kind)
+	r := two.ask(wire.OptGo, wireInfo(""))
+	require.Equal(t, uint32(wire.RepErrUnknown), r[0].Kind)
 	require.Contains(t, string(r[0].Data), "vm/data, vm/os")
-	two.agree(optInfo, wireInfo("vm/data")) // a refusal leaves the negotiation open
-	two.send(wireOption(optExportName, nil))
+	two.agree(wire.OptInfo, wireInfo("vm/data")) // a refusal leaves the negotiation open
+	two.send(wireOption(wire.OptExportName, nil))
 	two.gone()
 
 	none := serveDisks(t, diskSet{}).peer(t)
 	none.greet()
-	require.Equal(t, uint32(errUnknown), none.ask(optInfo, wireInfo(""))[0].Kind)
+	require.Equal(t, uint32(wire.RepErrUnknown), none.ask(wire.OptInfo, wireInfo(""))[0].Kind)
 }
 
 func TestNegotiation(t *testing.T) {
@@ -49,45 +50,45 @@ func TestNegotiation(t *testing.T) {
 	slow.fast = false
 	p := serveDisks(t, diskSet{"vm/os": d, "vm/slow": slow}).peer(t)
 	p.greet()
-	require.Equal(t, uint32(errUnsup), p.ask(5, nil)[0].Kind) // STARTTLS
-	require.Equal(t, uint32(errInvalid), p.ask(optSetMeta, wireMeta("vm/os", contextName))[0].Kind, "before structured replies")
-	require.Equal(t, uint32(errUnknown), p.ask(optGo, wireInfo("vm/none"))[0].Kind)
-	require.Equal(t, uint32(errTooBig), p.ask(optGo, make([]byte, maxOption+1))[0].Kind)
-	require.Equal(t, uint32(errInvalid), p.ask(optGo, []byte{0, 0, 0, 9, 'x', 0, 0})[0].Kind)
-	require.Len(t, p.agree(optList, nil), 3)
+	require.Equal(t, uint32(wire.RepErrUnsup), p.ask(5, nil)[0].Kind) // STARTTLS
+	require.Equal(t, uint32(wire.RepErrInvalid), p.ask(wire.OptSetMeta, wireMeta("vm/os", wire.ContextAllocation))[0].Kind, "before structured replies")
+	require.Equal(t, uint32(wire.RepErrUnknown), p.ask(wire.OptGo, wireInfo("vm/none"))[0].Kind)
+	require.Equal(t, uint32(wire.RepErrTooBig), p.ask(wire.OptGo, make([]byte, maxOption+1))[0].Kind)
+	require.Equal(t, uint32(wire.RepErrInvalid), p.ask(wire.OptGo, []byte{0, 0, 0, 9, 'x', 0, 0})[0].Kind)
+	require.Len(t, p.agree(wire.OptList, nil), 3)
 
 	flags := func(name string) uint16 {
-		for _, r := range p.agree(optInfo, wireInfo(name)) {
-			if r.Kind == repInfo && binary.BigEndian.Uint16(r.Data) == infoExport {
+		for _, r := range p.agree(wire.OptInfo, wireInfo(name)) {
+			if r.Kind == wire.RepInfo && binary.BigEndian.Uint16(r.Data) == wire.InfoExport {
 				return binary.BigEndian.Uint16(r.Data[10:])
 			}
 		}
 		return 0
 	}
-	require.EqualValues(t, exportFlags|flagFastZero, flags("vm/os"))
-	p.agree(optStructuredReply, nil)
-	require.EqualValues(t, exportFlags|flagFastZero|flagDF, flags("vm/os"))
-	require.EqualValues(t, exportFlags|flagDF, flags("vm/slow"))
-	for _, r := range p.agree(optInfo, wireInfo("vm/os")) {
-		if r.Kind == repInfo && binary.BigEndian.Uint16(r.Data) == infoBlockSize {
+	require.EqualValues(t, exportFlags|writableFlags|wire.ExportFastZero, flags("vm/os"))
+	p.agree(wire.OptStructuredReply, nil)
+	require.EqualValues(t, exportFlags|writableFlags|wire.ExportFastZero|wire.ExportDF, flags("vm/os"))
+	require.EqualValues(t, exportFlags|writableFlags|wire.ExportDF, flags("vm/slow"))
+	for _, r := range p.agree(wire.OptInfo, wireInfo("vm/os")) {
+		if r.Kind == wire.RepInfo && binary.BigEndian.Uint16(r.Data) == wire.InfoBlockSize {
 			require.Equal(t, []byte{0, 3, 0, 0, 2, 0, 0, 0, 16, 0, 2, 0, 0, 0}, r.Data)
 		}
 	}
 
-	require.Len(t, p.agree(optListMeta, wireMeta("vm/os")), 2)
-	require.Len(t, p.agree(optListMeta, wireMeta("vm/os", "base:")), 2)
-	require.Len(t, p.agree(optListMeta, wireMeta("vm/os", "qemu:")), 1)
-	require.Len(t, p.agree(optSetMeta, wireMeta("vm/os", contextName)), 2)
-	require.Len(t, p.agree(optSetMeta, wireMeta("vm/os", "qemu:dirty-bitmap:x")), 1, "replaces what was set, sets nothing")
-	p.agree(optGo, wireInfo("vm/os"))
-	p.send(wireRequest(cmdBlockStatus, 0, 1, 0, 512))
+	require.Len(t, p.agree(wire.OptListMeta, wireMeta("vm/os")), 2)
+	require.Len(t, p.agree(wire.OptListMeta, wireMeta("vm/os", "base:")), 2)
+	require.Len(t, p.agree(wire.OptListMeta, wireMeta("vm/os", "qemu:")), 1)
+	require.Len(t, p.agree(wire.OptSetMeta, wireMeta("vm/os", wire.ContextAllocation)), 2)
+	require.Len(t, p.agree(wire.OptSetMeta, wireMeta("vm/os", "qemu:dirty-bitmap:x")), 1, "replaces what was set, sets nothing")
+	p.agree(wire.OptGo, wireInfo("vm/os"))
+	p.send(wireRequest(wire.CmdBlockStatus, 0, 1, 0, 512))
 	c := p.chunks()
-	require.EqualValues(t, chunkError, c[0].Kind)
-	require.EqualValues(t, errInval, binary.BigEndian.Uint32(c[0].Payload))
+	require.EqualValues(t, wire.ChunkError, c[0].Kind)
+	require.EqualValues(t, wire.EINVAL, binary.BigEndian.Uint32(c[0].Payload))
 
 	bye := serveDisks(t, diskSet{"vm/os": d}).peer(t)
 	bye.greet()
-	bye.agree(optAbort, nil)
+	bye.agree(wire.OptAbort, nil)
 	bye.gone()
 }
 
@@ -99,22 +100,24 @@ func TestReadsSendHoles(t *testing.T) {
 	p := serveDisks(t, diskSet{"vm/os": d}).peer(t)
 	p.begin("vm/os", true)
 
-	hole := func(off uint64, n uint32) chunk { return chunk{chunkHole, off, binary.BigEndian.AppendUint32(nil, n)} }
+	hole := func(off uint64, n uint32) chunk {
+		return chunk{wire.ChunkHole, off, binary.BigEndian.AppendUint32(nil, n)}
+	}
 	for name, tc := range map[string]struct {
 		off   uint64
 		n     uint32
 		flags uint16
 		want  []chunk
 	}{
-		"all":           {0, mib, 0, []chunk{hole(0, 65536), {chunkData, 65536, data}, hole(73728, mib-8192-73728), {chunkData, mib - 8192, data}}},
-		"data":          {66048, 512, 0, []chunk{{chunkData, 66048, data[:512]}}},
+		"all":           {0, mib, 0, []chunk{hole(0, 65536), {wire.ChunkData, 65536, data}, hole(73728, mib-8192-73728), {wire.ChunkData, mib - 8192, data}}},
+		"data":          {66048, 512, 0, []chunk{{wire.ChunkData, 66048, data[:512]}}},
 		"hole":          {0, 512, 0, []chunk{hole(0, 512)}},
-		"ends in hole":  {73216, 1024, 0, []chunk{{chunkData, 73216, data[:512]}, hole(73728, 512)}},
-		"DF over mixed": {65024, 1024, cmdFlagDF, []chunk{{chunkData, 65024, append(make([]byte, 512), data[:512]...)}}},
-		"DF over hole":  {0, 1024, cmdFlagDF, []chunk{hole(0, 1024)}},
+		"ends in hole":  {73216, 1024, 0, []chunk{{wire.ChunkData, 73216, data[:512]}, hole(73728, 512)}},
+		"DF over mixed": {65024, 1024, wire.CmdFlagDF, []chunk{{wire.ChunkData, 65024, append(make([]byte, 512), data[:512]...)}}},
+		"DF over hole":  {0, 1024, wire.CmdFlagDF, []chunk{hole(0, 1024)}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p.send(wireRequest(cmdRead, tc.flags, 3, tc.off, tc.n))
+			p.send(wireRequest(wire.CmdRead, tc.flags, 3, tc.off, tc.n))
 			require.Empty(t, cmp.Diff(tc.want, p.chunks()))
 		})
 	}
@@ -125,10 +128,10 @@ func TestReadsSendHoles(t *testing.T) {
 		want  []uint32
 	}{
 		"all": {0, []uint32{65536, 3, 8192, 0, mib - 8192 - 73728, 3, 8192, 0}},
-		"one": {cmdFlagReqOne, []uint32{65536, 3}},
+		"one": {wire.CmdFlagReqOne, []uint32{65536, 3}},
 	} {
 		t.Run("status "+name, func(t *testing.T) {
-			p.send(wireRequest(cmdBlockStatus, tc.flags, 3, 0, mib))
+			p.send(wireRequest(wire.CmdBlockStatus, tc.flags, 3, 0, mib))
 			var got []uint32
 			for b := p.chunks()[0].Payload[4:]; len(b) > 0; b = b[4:] {
 				got = append(got, binary.BigEndian.Uint32(b))
@@ -147,13 +150,13 @@ func TestZeroes(t *testing.T) {
 		_, errno := p.simpleAnswer()
 		return errno
 	}
-	require.Zero(t, do(cmdWriteZeroes, cmdFlagNoHole))
+	require.Zero(t, do(wire.CmdWriteZeroes, wire.CmdFlagNoHole))
 	require.EqualValues(t, 65536, d.heldBytes())
-	require.EqualValues(t, errNotSup, do(cmdWriteZeroes, cmdFlagNoHole|cmdFlagFastZero))
-	require.Zero(t, do(cmdWriteZeroes, cmdFlagFastZero))
+	require.EqualValues(t, wire.ENOTSUP, do(wire.CmdWriteZeroes, wire.CmdFlagNoHole|wire.CmdFlagFastZero))
+	require.Zero(t, do(wire.CmdWriteZeroes, wire.CmdFlagFastZero))
 	require.Zero(t, d.heldBytes())
 	require.NoError(t, d.WriteAt([]byte{1}, 0, true))
-	require.Zero(t, do(cmdTrim, cmdFlagFUA))
+	require.Zero(t, do(wire.CmdTrim, wire.CmdFlagFUA))
 	_, safe := d.content()
 	require.Zero(t, safe[0])
 }
@@ -166,12 +169,12 @@ func TestFlushCoversAllConnections(t *testing.T) {
 	a.begin("vm/os", false)
 	b.begin("vm/os", true)
 	data := bytes.Repeat([]byte{5}, page)
-	a.send(wireRequest(cmdWrite, 0, 1, 0, page), data)
+	a.send(wireRequest(wire.CmdWrite, 0, 1, 0, page), data)
 	a.simpleAnswer()
-	b.send(wireRequest(cmdFlush, 0, 1, 0, 0))
+	b.send(wireRequest(wire.CmdFlush, 0, 1, 0, 0))
 	_, errno := b.simpleAnswer()
 	require.Zero(t, errno)
-	b.send(wireRequest(cmdWrite, cmdFlagFUA, 1, page, page), data)
+	b.send(wireRequest(wire.CmdWrite, wire.CmdFlagFUA, 1, page, page), data)
 	b.simpleAnswer()
 	_, safe := d.content()
 	require.Equal(t, data, safe[:page])
@@ -198,16 +201,16 @@ func TestFailuresOfTheDisk(t *testing.T) {
 	p := h.peer(t)
 	p.begin("vm/os", true)
 	for _, off := range []uint64{4096, 8192} {
-		p.send(wireRequest(cmdWrite, 0, 11, off, 512), make([]byte, 512))
+		p.send(wireRequest(wire.CmdWrite, 0, 11, off, 512), make([]byte, 512))
 		cookie, errno := p.simpleAnswer()
 		require.EqualValues(t, 11, cookie)
-		require.EqualValues(t, errIO, errno)
-		p.send(wireRequest(cmdRead, 0, 12, off, 512))
-		require.EqualValues(t, errIO, binary.BigEndian.Uint32(p.chunks()[0].Payload))
+		require.EqualValues(t, wire.EIO, errno)
+		p.send(wireRequest(wire.CmdRead, 0, 12, off, 512))
+		require.EqualValues(t, wire.EIO, binary.BigEndian.Uint32(p.chunks()[0].Payload))
 	}
-	require.Len(t, h.logs.Find("guest request failed"), 2)
-	require.Len(t, h.logs.Find("guest request panicked"), 2)
-	p.send(wireRequest(cmdRead, 0, 12, 12288, 512)) // a disk that cannot be mapped can be read still
+	require.Len(t, h.logs.Find("NBD request failed"), 2)
+	require.Len(t, h.logs.Find("NBD request panicked"), 2)
+	p.send(wireRequest(wire.CmdRead, 0, 12, 12288, 512)) // a disk that cannot be mapped can be read still
 	require.EqualValues(t, 7, p.chunks()[0].Payload[0])
 }
 
@@ -237,19 +240,19 @@ func TestRequestsRunConcurrentlyWithinBounds(t *testing.T) {
 
 	p := h.peer(t)
 	p.begin("vm/os", false)
-	p.send(wireRequest(cmdRead, 0, 1, 512, 512), wireRequest(cmdRead, 0, 2, 0, 512))
+	p.send(wireRequest(wire.CmdRead, 0, 1, 512, 512), wireRequest(wire.CmdRead, 0, 2, 0, 512))
 	cookie, _ := p.simpleAnswer()
 	require.EqualValues(t, 2, cookie, "the later request is answered first")
 	p.take(512)
 	for i := range uint64(asked) {
-		p.send(wireRequest(cmdRead, 0, 10+i, 512, 512))
+		p.send(wireRequest(wire.CmdRead, 0, 10+i, 512, 512))
 	}
 	testkit.Eventually(t, 10*time.Second, func() bool { return running.Load() == maxInFlight })
 
 	big := h.peer(t)
 	big.begin("vm/os", false)
 	for i := range uint64(5) {
-		big.send(wireRequest(cmdRead, 0, 10+i, 512, MaxRequest))
+		big.send(wireRequest(wire.CmdRead, 0, 10+i, 512, MaxRequest))
 	}
 	testkit.Eventually(t, 10*time.Second, func() bool { return running.Load() == maxInFlight+2 })
 	release()
@@ -268,7 +271,7 @@ func TestRequestsRunConcurrentlyWithinBounds(t *testing.T) {
 func TestBadClients(t *testing.T) {
 	d := newSparseDisk(mib)
 	h := serveDisks(t, diskSet{"vm/os": d})
-	huge := wireOption(optGo, nil)
+	huge := wireOption(wire.OptGo, nil)
 	binary.BigEndian.PutUint32(huge[12:], ^uint32(0))
 	for name, tc := range map[string]struct {
 		begin bool
@@ -281,13 +284,13 @@ func TestBadClients(t *testing.T) {
 		"unknown client flags":      {false, []byte{0, 0, 0, 7}, false},
 		"endless options":           {false, append([]byte{0, 0, 0, 3}, bytes.Repeat(wireOption(77, nil), maxOptions+1)...), false},
 		"garbage for a request":     {true, bytes.Repeat([]byte{0xa5}, 4096), false},
-		"write of 4 GiB":            {true, wireRequest(cmdWrite, 0, 1, 0, ^uint32(511)), false},
+		"write of 4 GiB":            {true, wireRequest(wire.CmdWrite, 0, 1, 0, ^uint32(511)), false},
 		"leaves in the greeting":    {false, []byte{0, 0}, true},
 		"leaves in an option":       {false, append([]byte{0, 0, 0, 3}, huge[:10]...), true},
-		"leaves in a request":       {true, wireRequest(cmdWrite, 0, 1, 0, 4096)[:9], true},
-		"leaves in a payload":       {true, append(wireRequest(cmdWrite, 0, 1, 0, 65536), make([]byte, 1000)...), true},
-		"leaves in refused payload": {true, append(wireRequest(cmdWrite, 0, 1, mib, 65536), make([]byte, 1000)...), true},
-		"leaves with reads open":    {true, bytes.Repeat(wireRequest(cmdRead, 0, 1, 0, mib), 80), true},
+		"leaves in a request":       {true, wireRequest(wire.CmdWrite, 0, 1, 0, 4096)[:9], true},
+		"leaves in a payload":       {true, append(wireRequest(wire.CmdWrite, 0, 1, 0, 65536), make([]byte, 1000)...), true},
+		"leaves in refused payload": {true, append(wireRequest(wire.CmdWrite, 0, 1, mib, 65536), make([]byte, 1000)...), true},
+		"leaves with reads open":    {true, bytes.Repeat(wireRequest(wire.CmdRead, 0, 1, 0, mib), 80), true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := h.peer(t)
@@ -304,7 +307,7 @@ func TestBadClients(t *testing.T) {
 			}
 			after := h.peer(t)
 			after.begin("vm/os", false)
-			after.send(wireRequest(cmdRead, 0, 1, 0, 512))
+			after.send(wireRequest(wire.CmdRead, 0, 1, 0, 512))
 			_, errno := after.simpleAnswer()
 			require.Zero(t, errno)
 			require.NoError(t, after.Close())
@@ -329,7 +332,7 @@ func TestLimits(t *testing.T) {
 	h.peer(t).gone() // the third
 	silent.gone()    // by the deadline
 	require.NotEmpty(t, h.logs.Find("too many NBD connections"))
-	served.send(wireRequest(cmdRead, 0, 1, 0, 512)) // the deadline is not for those who chose
+	served.send(wireRequest(wire.CmdRead, 0, 1, 0, 512)) // the deadline is not for those who chose
 	_, errno := served.simpleAnswer()
 	require.Zero(t, errno)
 }
@@ -350,11 +353,11 @@ func TestStop(t *testing.T) {
 	deaf := h.peer(t)
 	deaf.begin("vm/os", false)
 	for i := range uint64(2) {
-		deaf.send(wireRequest(cmdRead, 0, i, 0, MaxRequest))
+		deaf.send(wireRequest(wire.CmdRead, 0, i, 0, MaxRequest))
 	}
 	p := h.peer(t)
 	p.begin("vm/os", false)
-	p.send(wireRequest(cmdFlush, 0, 1, 0, 0))
+	p.send(wireRequest(wire.CmdFlush, 0, 1, 0, 0))
 	<-entered
 	ended := make(chan struct{})
 	go func() { h.stop(); close(ended) }()
@@ -381,7 +384,7 @@ func TestCloseExports(t *testing.T) {
 	b.begin("b/os", false)
 	h.server.CloseExports(func(name string) bool { return name == "a/os" })
 	a.gone()
-	b.send(wireRequest(cmdFlush, 0, 1, 0, 0))
+	b.send(wireRequest(wire.CmdFlush, 0, 1, 0, 0))
 	_, errno := b.simpleAnswer()
 	require.Zero(t, errno)
 }
@@ -393,13 +396,13 @@ func TestRefusalNamesAFewExports(t *testing.T) {
 	}
 	p := serveDisks(t, disks).peer(t)
 	p.greet()
-	require.Contains(t, string(p.ask(optGo, wireInfo(""))[0].Data), "and 24 more")
+	require.Contains(t, string(p.ask(wire.OptGo, wireInfo(""))[0].Data), "and 24 more")
 }
 
 // What the parsers accept, they understood to the last byte.
 func FuzzOptions(f *testing.F) {
 	f.Add(wireInfo("vm/os"))
-	f.Add(wireMeta("vm/os", contextName, "qemu:"))
+	f.Add(wireMeta("vm/os", wire.ContextAllocation, "qemu:"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if name, err := parseInfo(b); err == nil && len(name)+6 > len(b) {
 			t.Fatalf("name of %d bytes in %d", len(name), len(b))

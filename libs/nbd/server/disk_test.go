@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"bytes"
@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/landfall-dr/landfall/libs/extent"
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 	"github.com/landfall-dr/landfall/libs/testkit"
 )
 
@@ -57,17 +58,18 @@ func (d *sparseDisk) enter(what string, r extent.Range) error {
 func (d *sparseDisk) FastZero() bool { return d.fast }
 func (d *sparseDisk) Size() int64    { return int64(len(d.data)) }
 
-func (d *sparseDisk) ReadAt(p []byte, off int64) (int, error) {
+func (d *sparseDisk) ReadAt(_ context.Context, p []byte, off int64) error {
 	r := extent.Range{Off: off, Len: int64(len(p))}
 	if err := d.enter("read", r); err != nil {
-		return 0, err
+		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for gap := range d.held.Gaps(r) {
 		d.absent += gap.Len
 	}
-	return copy(p, d.data[off:]), nil
+	copy(p, d.data[off:])
+	return nil
 }
 
 func (d *sparseDisk) WriteAt(p []byte, off int64, fua bool) error {
@@ -115,7 +117,7 @@ func (d *sparseDisk) Flush() error {
 	return nil
 }
 
-func (d *sparseDisk) Allocated(r extent.Range) (*extent.Set, error) {
+func (d *sparseDisk) Allocated(_ context.Context, r extent.Range) (*extent.Set, error) {
 	if err := d.enter("map", r); err != nil {
 		return nil, err
 	}
@@ -188,13 +190,18 @@ type harness struct {
 	stop   func() // ends Serve and waits for it
 }
 
-func serveDisks(t *testing.T, disks diskSet, change ...func(*limits)) *harness {
+func serveDisks(t *testing.T, disks Exports, change ...func(*limits)) *harness {
+	t.Helper()
+	return serveWith(t, disks, Options{}, change...)
+}
+
+func serveWith(t *testing.T, disks Exports, o Options, change ...func(*limits)) *harness {
 	t.Helper()
 	leaks := goleak.IgnoreCurrent()
 	dir, err := os.MkdirTemp("", "nbd") // t.TempDir may be too long for a socket
 	require.NoError(t, err)
 	h := &harness{logs: testkit.NewLogs(t), unix: filepath.Join(dir, "s")}
-	h.server = New(disks, h.logs.Logger())
+	h.server = New(disks, h.logs.Logger(), o)
 	for _, f := range change {
 		f(&h.server.limits)
 	}
@@ -264,11 +271,11 @@ func (p *peer) gone() {
 func (p *peer) greet() {
 	p.t.Helper()
 	require.Equal(p.t, "NBDMAGICIHAVEOPT", string(p.take(18)[:16]))
-	p.send([]byte{0, 0, 0, flagFixedNewstyle | flagNoZeroes})
+	p.send([]byte{0, 0, 0, wire.FlagFixedNewstyle | wire.FlagNoZeroes})
 }
 
 func wireOption(opt uint32, data []byte) []byte {
-	b := binary.BigEndian.AppendUint64(nil, magicOption)
+	b := binary.BigEndian.AppendUint64(nil, wire.MagicOption)
 	b = binary.BigEndian.AppendUint32(b, opt)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
 	return append(b, data...)
@@ -290,7 +297,7 @@ func wireMeta(name string, queries ...string) []byte {
 }
 
 func wireRequest(kind, flags uint16, cookie, off uint64, n uint32) []byte {
-	b := binary.BigEndian.AppendUint32(nil, magicRequest)
+	b := binary.BigEndian.AppendUint32(nil, wire.MagicRequest)
 	b = binary.BigEndian.AppendUint16(b, flags)
 	b = binary.BigEndian.AppendUint16(b, kind)
 	b = binary.BigEndian.AppendUint64(b, cookie)
@@ -309,11 +316,11 @@ func (p *peer) ask(opt uint32, data []byte) (replies []optionReply) {
 	p.send(wireOption(opt, data))
 	for {
 		h := p.take(20)
-		require.Equal(p.t, uint64(magicReply), binary.BigEndian.Uint64(h))
+		require.Equal(p.t, uint64(wire.MagicReply), binary.BigEndian.Uint64(h))
 		require.Equal(p.t, opt, binary.BigEndian.Uint32(h[8:]))
 		r := optionReply{binary.BigEndian.Uint32(h[12:]), p.take(int(binary.BigEndian.Uint32(h[16:])))}
 		replies = append(replies, r)
-		if r.Kind == repAck || r.Kind&repErr != 0 {
+		if r.Kind == wire.RepAck || r.Kind&wire.RepErr != 0 {
 			return replies
 		}
 	}
@@ -322,7 +329,7 @@ func (p *peer) ask(opt uint32, data []byte) (replies []optionReply) {
 func (p *peer) agree(opt uint32, data []byte) []optionReply {
 	p.t.Helper()
 	r := p.ask(opt, data)
-	require.EqualValues(p.t, repAck, r[len(r)-1].Kind, "%s", r[len(r)-1].Data)
+	require.EqualValues(p.t, wire.RepAck, r[len(r)-1].Kind, "%s", r[len(r)-1].Data)
 	return r
 }
 
@@ -331,17 +338,17 @@ func (p *peer) begin(name string, structured bool) {
 	p.t.Helper()
 	p.greet()
 	if structured {
-		p.agree(optStructuredReply, nil)
-		require.Len(p.t, p.agree(optSetMeta, wireMeta(name, contextName)), 2)
+		p.agree(wire.OptStructuredReply, nil)
+		require.Len(p.t, p.agree(wire.OptSetMeta, wireMeta(name, wire.ContextAllocation)), 2)
 	}
-	p.agree(optGo, wireInfo(name))
+	p.agree(wire.OptGo, wireInfo(name))
 }
 
 // simpleAnswer takes a simple reply.
 func (p *peer) simpleAnswer() (cookie uint64, errno uint32) {
 	p.t.Helper()
 	h := p.take(16)
-	require.EqualValues(p.t, magicSimple, binary.BigEndian.Uint32(h))
+	require.EqualValues(p.t, wire.MagicSimple, binary.BigEndian.Uint32(h))
 	return binary.BigEndian.Uint64(h[8:]), binary.BigEndian.Uint32(h[4:])
 }
 
@@ -356,13 +363,13 @@ func (p *peer) chunks() (out []chunk) {
 	p.t.Helper()
 	for {
 		h := p.take(20)
-		require.EqualValues(p.t, magicChunk, binary.BigEndian.Uint32(h))
+		require.EqualValues(p.t, wire.MagicChunk, binary.BigEndian.Uint32(h))
 		c := chunk{Kind: binary.BigEndian.Uint16(h[6:]), Payload: p.take(int(binary.BigEndian.Uint32(h[16:])))}
-		if c.Kind == chunkData || c.Kind == chunkHole {
+		if c.Kind == wire.ChunkData || c.Kind == wire.ChunkHole {
 			c.Off, c.Payload = binary.BigEndian.Uint64(c.Payload), c.Payload[8:]
 		}
 		out = append(out, c)
-		if binary.BigEndian.Uint16(h[4:])&chunkDone != 0 {
+		if binary.BigEndian.Uint16(h[4:])&wire.ChunkDone != 0 {
 			return out
 		}
 	}

@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"bufio"
@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/landfall-dr/landfall/libs/nbd/internal/wire"
 )
 
 // conn is one client.
@@ -20,6 +22,7 @@ type conn struct {
 	done   chan struct{}
 
 	disk       Disk
+	writer     Writer // nil: read-only
 	structured bool
 	meta       string // export that base:allocation was asked for; empty for none
 
@@ -93,9 +96,9 @@ func (c *conn) run() error {
 }
 
 func (c *conn) negotiate() error {
-	hello := binary.BigEndian.AppendUint64(nil, magicServer)
-	hello = binary.BigEndian.AppendUint64(hello, magicOption)
-	hello = binary.BigEndian.AppendUint16(hello, flagFixedNewstyle|flagNoZeroes)
+	hello := binary.BigEndian.AppendUint64(nil, wire.MagicServer)
+	hello = binary.BigEndian.AppendUint64(hello, wire.MagicOption)
+	hello = binary.BigEndian.AppendUint16(hello, wire.FlagFixedNewstyle|wire.FlagNoZeroes)
 	if _, err := c.nc.Write(hello); err != nil {
 		return err
 	}
@@ -104,7 +107,7 @@ func (c *conn) negotiate() error {
 		return err
 	}
 	client := binary.BigEndian.Uint32(flags[:])
-	if client&^(flagFixedNewstyle|flagNoZeroes) != 0 {
+	if client&^(wire.FlagFixedNewstyle|wire.FlagNoZeroes) != 0 {
 		return fmt.Errorf("%w: client flags %#x", errProtocol, client)
 	}
 	for range maxOptions {
@@ -112,18 +115,18 @@ func (c *conn) negotiate() error {
 		if _, err := io.ReadFull(c.in, head[:]); err != nil {
 			return err
 		}
-		if m := binary.BigEndian.Uint64(head[:]); m != magicOption {
+		if m := binary.BigEndian.Uint64(head[:]); m != wire.MagicOption {
 			return fmt.Errorf("%w: option magic %#x", errProtocol, m)
 		}
 		opt, n := binary.BigEndian.Uint32(head[8:]), binary.BigEndian.Uint32(head[12:])
 		if n > maxOption {
-			if n > MaxRequest || opt == optExportName {
+			if n > MaxRequest || opt == wire.OptExportName {
 				return fmt.Errorf("%w: option of %d bytes", errProtocol, n)
 			}
 			if _, err := io.CopyN(io.Discard, c.in, int64(n)); err != nil {
 				return err
 			}
-			if err := c.reply(opt, errTooBig, nil); err != nil {
+			if err := c.reply(opt, wire.RepErrTooBig, nil); err != nil {
 				return err
 			}
 			continue
@@ -132,7 +135,7 @@ func (c *conn) negotiate() error {
 		if _, err := io.ReadFull(c.in, data); err != nil {
 			return err
 		}
-		done, err := c.option(opt, data, client&flagNoZeroes != 0)
+		done, err := c.option(opt, data, client&wire.FlagNoZeroes != 0)
 		if done || err != nil {
 			return err
 		}
@@ -143,7 +146,7 @@ func (c *conn) negotiate() error {
 // option answers one option; true ends the negotiation.
 func (c *conn) option(opt uint32, data []byte, noZeroes bool) (bool, error) {
 	switch opt {
-	case optExportName:
+	case wire.OptExportName:
 		d, err := c.open(string(data))
 		if err != nil {
 			return false, err // the protocol has no way to refuse but to hang up
@@ -155,41 +158,41 @@ func (c *conn) option(opt uint32, data []byte, noZeroes bool) (bool, error) {
 		}
 		_, err = c.nc.Write(b)
 		return true, err
-	case optAbort:
-		return false, errors.Join(c.reply(opt, repAck, nil), errAbort)
-	case optList:
+	case wire.OptAbort:
+		return false, errors.Join(c.reply(opt, wire.RepAck, nil), errAbort)
+	case wire.OptList:
 		if len(data) != 0 {
-			return false, c.reply(opt, errInvalid, nil)
+			return false, c.reply(opt, wire.RepErrInvalid, nil)
 		}
 		for _, name := range c.server.exports.Exports() {
 			b := binary.BigEndian.AppendUint32(nil, uint32(len(name)))
-			if err := c.reply(opt, repServer, append(b, name...)); err != nil {
+			if err := c.reply(opt, wire.RepServer, append(b, name...)); err != nil {
 				return false, err
 			}
 		}
-		return false, c.reply(opt, repAck, nil)
-	case optInfo, optGo:
+		return false, c.reply(opt, wire.RepAck, nil)
+	case wire.OptInfo, wire.OptGo:
 		return c.info(opt, data)
-	case optStructuredReply:
+	case wire.OptStructuredReply:
 		if len(data) != 0 {
-			return false, c.reply(opt, errInvalid, nil)
+			return false, c.reply(opt, wire.RepErrInvalid, nil)
 		}
 		c.structured = true
-		return false, c.reply(opt, repAck, nil)
-	case optListMeta, optSetMeta:
+		return false, c.reply(opt, wire.RepAck, nil)
+	case wire.OptListMeta, wire.OptSetMeta:
 		return false, c.metaContext(opt, data)
 	default:
-		return false, c.reply(opt, errUnsup, nil)
+		return false, c.reply(opt, wire.RepErrUnsup, nil)
 	}
 }
 
 func (c *conn) info(opt uint32, data []byte) (bool, error) {
 	name, err := parseInfo(data)
 	if err != nil {
-		return false, c.reply(opt, errInvalid, []byte(err.Error()))
+		return false, c.reply(opt, wire.RepErrInvalid, []byte(err.Error()))
 	}
 	var d Disk
-	if opt == optGo {
+	if opt == wire.OptGo {
 		d, err = c.open(name)
 	} else {
 		d, err = c.look(name)
@@ -197,58 +200,60 @@ func (c *conn) info(opt uint32, data []byte) (bool, error) {
 	if err != nil {
 		return false, c.refuse(opt, err)
 	}
-	b := binary.BigEndian.AppendUint16(nil, infoExport)
+	b := binary.BigEndian.AppendUint16(nil, wire.InfoExport)
 	b = binary.BigEndian.AppendUint64(b, uint64(d.Size()))
 	b = binary.BigEndian.AppendUint16(b, c.flags(d))
-	if err := c.reply(opt, repInfo, b); err != nil {
+	if err := c.reply(opt, wire.RepInfo, b); err != nil {
 		return false, err
 	}
-	b = binary.BigEndian.AppendUint16(nil, infoBlockSize)
+	b = binary.BigEndian.AppendUint16(nil, wire.InfoBlockSize)
 	b = binary.BigEndian.AppendUint32(b, SectorSize)
 	b = binary.BigEndian.AppendUint32(b, 4096)
 	b = binary.BigEndian.AppendUint32(b, MaxRequest)
-	if err := c.reply(opt, repInfo, b); err != nil {
+	if err := c.reply(opt, wire.RepInfo, b); err != nil {
 		return false, err
 	}
-	return opt == optGo, c.reply(opt, repAck, nil)
+	return opt == wire.OptGo, c.reply(opt, wire.RepAck, nil)
 }
 
 func (c *conn) metaContext(opt uint32, data []byte) error {
 	q, err := parseMeta(data)
 	if err != nil || !c.structured {
-		return c.reply(opt, errInvalid, nil)
+		return c.reply(opt, wire.RepErrInvalid, nil)
 	}
 	name, err := c.resolve(q.export)
+	var d Disk
 	if err == nil {
-		_, err = c.server.exports.Open(name)
+		d, err = c.server.exports.Open(name)
 	}
 	if err != nil {
 		return c.refuse(opt, err)
 	}
-	if opt == optSetMeta {
+	_, maps := d.(Allocator)
+	if opt == wire.OptSetMeta {
 		c.meta = ""
 	}
-	found := opt == optListMeta && len(q.queries) == 0
+	found := opt == wire.OptListMeta && len(q.queries) == 0
 	for _, query := range q.queries {
-		found = found || query == contextName || opt == optListMeta && query == "base:"
+		found = found || query == wire.ContextAllocation || opt == wire.OptListMeta && query == "base:"
 	}
-	if found {
+	if found && maps {
 		id := uint32(0)
-		if opt == optSetMeta {
+		if opt == wire.OptSetMeta {
 			c.meta, id = name, contextID
 		}
 		b := binary.BigEndian.AppendUint32(nil, id)
-		if err := c.reply(opt, repMeta, append(b, contextName...)); err != nil {
+		if err := c.reply(opt, wire.RepMeta, append(b, wire.ContextAllocation...)); err != nil {
 			return err
 		}
 	}
-	return c.reply(opt, repAck, nil)
+	return c.reply(opt, wire.RepAck, nil)
 }
 
 // resolve returns the export that name means: itself, or the only one there is for the empty name.
 func (c *conn) resolve(name string) (string, error) {
-	if len(name) > maxName {
-		return "", fmt.Errorf("export name of %d bytes, the longest is %d", len(name), maxName)
+	if len(name) > wire.MaxName {
+		return "", fmt.Errorf("export name of %d bytes, the longest is %d", len(name), wire.MaxName)
 	}
 	if name != "" {
 		return name, nil
@@ -279,12 +284,15 @@ func (c *conn) look(name string) (Disk, error) {
 
 // flags are the transmission flags of d.
 func (c *conn) flags(d Disk) uint16 {
-	flags := uint16(exportFlags)
+	flags := uint16(exportFlags | readOnlyFlags)
+	if _, ok := d.(Writer); ok {
+		flags = exportFlags | writableFlags
+	}
 	if c.structured {
-		flags |= flagDF
+		flags |= wire.ExportDF
 	}
 	if fastZero(d) {
-		flags |= flagFastZero
+		flags |= wire.ExportFastZero
 	}
 	return flags
 }
@@ -297,11 +305,11 @@ func fastZero(d Disk) bool {
 // refuse answers an option that names no export. The text is for people.
 func (c *conn) refuse(opt uint32, err error) error {
 	text := err.Error()
-	code := uint32(errUnknown)
+	code := uint32(wire.RepErrUnknown)
 	if errors.Is(err, ErrForbidden) {
-		code = errPolicy
+		code = wire.RepErrPolicy
 	}
-	return c.reply(opt, code, []byte(text[:min(len(text), maxName)]))
+	return c.reply(opt, code, []byte(text[:min(len(text), wire.MaxName)]))
 }
 
 // open takes the export for this connection. The name is visible to CloseExports before the disk is looked up, so that
@@ -325,11 +333,12 @@ func (c *conn) open(name string) (Disk, error) {
 		c.meta = ""
 	}
 	c.disk = d
+	c.writer, _ = d.(Writer)
 	return d, nil
 }
 
 func (c *conn) reply(opt, kind uint32, data []byte) error {
-	b := binary.BigEndian.AppendUint64(nil, magicReply)
+	b := binary.BigEndian.AppendUint64(nil, wire.MagicReply)
 	b = binary.BigEndian.AppendUint32(b, opt)
 	b = binary.BigEndian.AppendUint32(b, kind)
 	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))

@@ -1,4 +1,4 @@
-package nbd
+package server
 
 import (
 	"context"
@@ -11,21 +11,34 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/landfall-dr/landfall/libs/extent"
 )
 
-// Disk is what is exported. Its methods are safe for concurrent use. Offsets and lengths are in bytes, whole sectors.
+// Disk is what is exported, for reading only unless it is a Writer. Its methods are safe for concurrent use. Offsets and
+// lengths are in bytes, whole sectors, within the disk.
 type Disk interface {
+	// Size in bytes.
 	Size() int64
-	ReadAt(p []byte, off int64) (int, error)
+	// ReadAt fills p. The context ends when the client is gone, not when the server stops.
+	ReadAt(ctx context.Context, p []byte, off int64) error
+}
+
+// Allocator is a Disk that knows where it holds data. Other disks do not offer base:allocation, and are read everywhere.
+type Allocator interface {
+	// Allocated returns the parts of r that may hold something other than zero.
+	Allocated(ctx context.Context, r extent.Range) (*extent.Set, error)
+}
+
+// Writer is a Disk that can be written. A request to write any other is answered with EPERM.
+type Writer interface {
 	// WriteAt returns once the write is done; with fua once it is durable.
 	WriteAt(p []byte, off int64, fua bool) error
 	// Zero makes r read as zeros; it keeps the space allocated if keep is set.
 	Zero(r extent.Range, keep, fua bool) error
 	// Flush makes durable what was answered before.
 	Flush() error
-	// Allocated returns the parts of r that may hold something other than zero.
-	Allocated(r extent.Range) (*extent.Set, error)
 }
 
 // FastZeroer is a Disk that may say that Zero without keep costs less than writing. Clients are told of fast zeroes
@@ -37,18 +50,33 @@ type FastZeroer interface {
 // ErrForbidden, in an error of Exports.Open, says that the export is there and not to be had.
 var ErrForbidden = errors.New("export is closed")
 
+// ErrStopping, in an error of a Disk, says that it is going away, which its clients are told.
+var ErrStopping = errors.New("disk is going away")
+
 // Exports finds disks by name.
 type Exports interface {
-	// Exports are the names, "<machine>/<disk>". If there is one it is the default export as well.
+	// Exports are the names. If there is one it is the default export as well.
 	Exports() []string
 	// Open returns an export. It lives until CloseExports of its name returned.
 	Open(name string) (Disk, error)
 }
 
+// Bounds of one connection.
 const (
 	maxInFlight      = 64
 	maxInFlightBytes = 64 << 20
 )
+
+// Options of a server; the zero value is one for guests.
+type Options struct {
+	// Connections at most; default 256.
+	Connections int
+	// Memory bounds the payloads in flight on all connections together, in bytes, at least MaxRequest. By default only
+	// those of each connection are bounded, at 64 MiB.
+	Memory int64
+	// Drain is how long a client that takes no replies holds up the end; default 10 s.
+	Drain time.Duration
+}
 
 // limits are what a client may cost.
 type limits struct {
@@ -71,14 +99,25 @@ type Server struct {
 	exports Exports
 	logger  *slog.Logger
 	limits  limits
+	memory  *semaphore.Weighted // nil: bounded by connection only
 
 	mu    sync.Mutex
 	conns map[*conn]struct{}
 }
 
 // New returns a server.
-func New(exports Exports, logger *slog.Logger) *Server {
-	return &Server{exports: exports, logger: logger, limits: defaultLimits(), conns: map[*conn]struct{}{}}
+func New(exports Exports, logger *slog.Logger, o Options) *Server {
+	s := &Server{exports: exports, logger: logger, limits: defaultLimits(), conns: map[*conn]struct{}{}}
+	if o.Connections > 0 {
+		s.limits.connections = o.Connections
+	}
+	if o.Drain > 0 {
+		s.limits.drain = o.Drain
+	}
+	if o.Memory > 0 {
+		s.memory = semaphore.NewWeighted(max(o.Memory, MaxRequest))
+	}
+	return s
 }
 
 // Serve accepts connections until ctx ends, then lets the requests in flight finish, answers the clients that take
