@@ -208,6 +208,10 @@ type Protector interface {
 
 // AccountFacts are the settings of an account that decide what a deleted or overwritten blob costs and whether it can come back.
 type AccountFacts struct {
+	// SKU and Kind such as Standard_LRS and StorageV2; empty when the caller may not know.
+	SKU, Kind string
+	// Hierarchical accounts (Data Lake) have no page blobs.
+	Hierarchical bool
 	// Versioning keeps a version of every overwritten blob: a replica's metadata and snapshots would pile up (it should be off).
 	Versioning bool
 	// SoftDelete is how long a deleted blob or snapshot can be undeleted; 0 is not at all.

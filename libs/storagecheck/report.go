@@ -163,12 +163,19 @@ func (t *trial) account(ctx context.Context) {
 		return
 	}
 	facts, err := in.Inspect(ctx)
+	if facts.SKU != "" {
+		result := OK
+		if facts.Hierarchical {
+			result = Fail
+		}
+		t.report.add("account", result, "Use a standard general-purpose v2 account without hierarchical namespace: this one has no page blobs.", "%s, %s", facts.Kind, facts.SKU)
+	}
 	if err != nil {
 		result := Warn
 		if !errors.Is(err, blobstore.ErrPermission) {
 			result = Fail
 		}
-		t.report.add("account", result, "Look at it by hand: versioning must be off, soft delete of blobs should be on for some days.", "%v", err)
+		t.report.add("account settings", result, "Look at it by hand: versioning must be off, soft delete of blobs should be on for some days.", "%v", err)
 		return
 	}
 	result := OK

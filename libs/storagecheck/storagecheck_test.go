@@ -8,9 +8,12 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/blobstore/blobstoretest"
 	"github.com/landfall-dr/landfall/libs/blobstore/dir"
+	"github.com/landfall-dr/landfall/libs/config"
 	"github.com/landfall-dr/landfall/libs/replica"
+	"github.com/landfall-dr/landfall/libs/testkit/azurite"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -111,5 +114,19 @@ func TestAFolder(t *testing.T) {
 		r, err := Run(t.Context(), store, options(role))
 		require.NoError(t, err)
 		require.False(t, r.Failed(), "%+v", only(r, Fail))
+	}
+}
+
+// TestAzurite: the real emulator keeps what it promises, as far as it promises.
+func TestAzurite(t *testing.T) {
+	s := backend.DefaultSettings()
+	s.Azure.ConnectionString = config.NewSecret(azurite.Start(t).ConnectionString())
+	store, err := backend.Open(t.Context(), s, backend.Options{})
+	require.NoError(t, err)
+	defer store.Close()
+	for _, role := range []replica.Role{replica.RoleSchedule, replica.RoleShip, replica.RoleApply} {
+		r, err := Run(t.Context(), store, options(role))
+		require.NoError(t, err)
+		require.Empty(t, only(r, Fail))
 	}
 }
