@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/landfall-dr/landfall/libs/blobstore"
 )
 
@@ -169,6 +171,7 @@ func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
 		return false, err
 	}
 	r.obey(ret, tag)
+	var names []blobstore.Properties
 	for p, err := range r.journal.List(ctx, logPrefix, manifestName(r.chain.state.Head)) {
 		if errors.Is(err, blobstore.ErrNotFound) && r.chain.state.Head == 0 {
 			return false, fmt.Errorf("lineage %s: %w", r.lineage, ErrNoLineage)
@@ -176,9 +179,48 @@ func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
 		if err != nil {
 			return false, fmt.Errorf("list manifests: %w", err)
 		}
+		if names = append(names, p); len(names) == aheadNames {
+			if again, err := r.follow(ctx, ret, tag, names); again || err != nil {
+				return again, err
+			}
+			names = names[:0]
+		}
+	}
+	if again, err := r.follow(ctx, ret, tag, names); again || err != nil {
+		return again, err
+	}
+	if a, in := ret.anchorFor(r.chain.state.Head + 1); in {
+		r.chain.jump(a, ret)
+	}
+	return false, nil
+}
+
+// Bounds of reading ahead when many manifests are new.
+const (
+	aheadNames    = 512 // listed ones held at a time
+	aheadMin      = 128 // fewer are read one after the other
+	aheadGroup    = 32
+	aheadBytes    = 16 << 20
+	aheadParallel = 8
+)
+
+type storedManifest struct {
+	body   []byte
+	stored time.Time
+}
+
+// follow adds the listed manifests to the chain.
+func (r *Replica) follow(ctx context.Context, ret *Retention, tag blobstore.ETag, names []blobstore.Properties) (again bool, err error) {
+	ahead := map[Seq]storedManifest{}
+	for i, p := range names {
 		seq, ok := seqOfName(p.Name, logPrefix)
 		if !ok {
 			return false, fmt.Errorf("object %s in the log: %w", p.Name, ErrCorrupt)
+		}
+		if len(names) >= aheadMin && i%aheadGroup == 0 {
+			if err := r.readAhead(ctx, ret, names[i:min(i+aheadGroup, len(names))], ahead); err != nil {
+				return false, err
+			}
 		}
 		// A listing may miss a name that appeared while it ran although it shows a later one: read up to seq.
 		for {
@@ -189,22 +231,60 @@ func (r *Replica) refreshOnce(ctx context.Context) (again bool, err error) {
 			if seq < next {
 				break
 			}
-			body, props, err := readAllOf(ctx, r.journal, manifestName(next), MaxManifest)
-			if errors.Is(err, blobstore.ErrNotFound) {
-				return true, nil
+			m, ok := ahead[next]
+			if !ok {
+				body, props, err := readAllOf(ctx, r.journal, manifestName(next), MaxManifest)
+				if errors.Is(err, blobstore.ErrNotFound) {
+					return true, nil
+				}
+				if err != nil {
+					return false, fmt.Errorf("read manifest %d: %w", next, err)
+				}
+				m = storedManifest{body, props.LastModified}
 			}
-			if err != nil {
-				return false, fmt.Errorf("read manifest %d: %w", next, err)
-			}
-			if err := r.chain.add(body, props.LastModified, r.lineage, &r.bugs); err != nil {
+			delete(ahead, next)
+			if err := r.chain.add(m.body, m.stored, r.lineage, &r.bugs); err != nil {
 				return r.retiredSince(ctx, next, tag, err)
 			}
 		}
 	}
-	if a, in := ret.anchorFor(r.chain.state.Head + 1); in {
-		r.chain.jump(a, ret)
-	}
 	return false, nil
+}
+
+// readAhead reads a group of listed manifests side by side. What is missing or large is left to be read in its turn.
+func (r *Replica) readAhead(ctx context.Context, ret *Retention, names []blobstore.Properties, ahead map[Seq]storedManifest) error {
+	var bytes int64
+	for _, p := range names {
+		bytes += p.Size
+	}
+	if bytes > aheadBytes {
+		return nil
+	}
+	got := make([]storedManifest, len(names))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(aheadParallel)
+	for i, p := range names {
+		if n, ok := seqOfName(p.Name, logPrefix); !ok || n <= r.chain.state.Head || ret.Retires(n) {
+			continue
+		}
+		g.Go(func() error {
+			body, props, err := readAllOf(ctx, r.journal, p.Name, MaxManifest)
+			if err != nil && !errors.Is(err, blobstore.ErrNotFound) {
+				return fmt.Errorf("read manifest %s: %w", p.Name, err)
+			}
+			got[i] = storedManifest{body, props.LastModified}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for i, p := range names {
+		if n, ok := seqOfName(p.Name, logPrefix); ok && got[i].body != nil {
+			ahead[n] = got[i]
+		}
+	}
+	return nil
 }
 
 // retiredSince decides about a manifest that does not fit the chain: when the record has changed since it was read, a sleeper

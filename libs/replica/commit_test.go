@@ -367,6 +367,10 @@ func TestFailpoints(t *testing.T) {
 			})
 			step(func() error { _, err := g.applier(g.r).Advance(t.Context(), 0); return err })
 			step(func() error { _, err := g.r.Checkpoint(t.Context(), 5); return err })
+			step(func() error {
+				_, err := g.r.Retain(t.Context(), RetainOptions{Keep: Keep{All: 1, Hourly: 1, Limit: 1}, OrphanAge: -1, Parallel: 1})
+				return err
+			})
 			require.Positive(t, hits)
 			want := two(content{0: 1, 1: 3, 2: 7}, content{0: 2, 5: 4})
 			g.wantDisks(want)
