@@ -297,6 +297,7 @@ func (v *vmRun) shipTask(epoch, base uint64, reason string) *uploaderv1.ShipTask
 	return &uploaderv1.ShipTask{
 		Vm: v.rec.GetName(), Host: v.rec.GetHost(), Lineage: v.rec.GetLineage(), Epoch: epoch, Open: v.rec.GetOpen(), Base: base,
 		Disks: v.rec.GetMachine().GetDisks(), Machine: v.rec.GetMachine(), Reason: reason,
+		SuspicionFactor: v.policy.GetSuspicionFactor(),
 	}
 }
 
