@@ -17,6 +17,7 @@
 //   - NewApplier, Applier.Advance, Replica.Checkpoint: journal into disks.
 //   - Replica.CloseLineage, Rewind, ReopenLineage: a failover's side.
 //   - Replica.Materialise, SourceAt: a point's disks, or one disk's bytes.
+//   - Replica.Retain, Pin, Unpin, Usage: which points stay, and what they take.
 //
 // design.md in this folder has the numbered invariants and the tables of
 // interruptions; protocol.md has the rules they come from.
