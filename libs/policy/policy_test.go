@@ -33,10 +33,10 @@ func TestTiers(t *testing.T) {
 func TestOtherDefaults(t *testing.T) {
 	p := &schedulerv1.Policy{CopyInterval: durationpb.New(30 * time.Second)}
 	require.Equal(t, 15*time.Minute, policy.AlertThreshold(p))
-	require.EqualValues(t, 5, policy.SuspicionFactor(p))
+	require.InDelta(t, 5, policy.SuspicionFactor(p), 0)
 	require.Equal(t, 4, policy.ParallelUploads(p))
 	p = &schedulerv1.Policy{CopyInterval: durationpb.New(5 * time.Minute), SuspicionFactor: 1, ParallelUploads: 2}
 	require.Equal(t, 25*time.Minute, policy.AlertThreshold(p))
-	require.EqualValues(t, policy.SuspicionOff, policy.SuspicionFactor(p))
+	require.InDelta(t, policy.SuspicionOff, policy.SuspicionFactor(p), 0)
 	require.Equal(t, 2, policy.ParallelUploads(p))
 }

@@ -93,7 +93,7 @@ func TestRetain(t *testing.T) {
 	}
 	status, err := service.GetStatus(testkit.Context(t), &uploaderv1.GetStatusRequest{})
 	require.NoError(t, err)
-	require.EqualValues(t, e.GetDeletedObjects(), status.GetRetiredObjects())
+	require.Equal(t, e.GetDeletedObjects(), status.GetRetiredObjects())
 
 	s.Publish(bus.KindRetain, hourly())
 	awaitIdle(t, s, bus.KindRetain)

@@ -62,7 +62,7 @@ func TestSamplePolicy(t *testing.T) {
 	require.Equal(t, 7*24*time.Hour, p.GetKeepHourly().AsDuration())
 	require.Equal(t, 7*24*time.Hour, p.GetWriteOnce().AsDuration())
 	require.Equal(t, 2*time.Minute, p.GetApplyDelay().AsDuration())
-	require.EqualValues(t, 5, p.GetSuspicionFactor())
+	require.InDelta(t, 5, p.GetSuspicionFactor(), 0)
 }
 
 func TestPointTable(t *testing.T) {
