@@ -157,6 +157,7 @@ func TestRetainAtTheSameTime(t *testing.T) {
 	require.NoError(t, reader.Pin(t.Context(), Pin{Seq: s.seq(target), Owner: "restore/x"}))
 	src, err := reader.SourceAt(t.Context(), s.seq(target), "disk-a")
 	require.NoError(t, err)
+	want := s.at[target]["disk-a"]
 	var g errgroup.Group
 	done := make(chan struct{})
 	for i := range 3 {
@@ -182,7 +183,7 @@ func TestRetainAtTheSameTime(t *testing.T) {
 			if err := src.ReadAt(context.Background(), p, 0); err != nil {
 				return err
 			}
-			if have := contentOf(p); !s.at[target]["disk-a"].equal(have) {
+			if have := contentOf(p); !want.equal(have) {
 				return fmt.Errorf("point %d: %v", target, have)
 			}
 			select {
