@@ -59,6 +59,7 @@ type Service struct {
 	machine   string // this machine, in records
 	metrics   metrics
 	wake      chan struct{}
+	points    *pointSessions
 
 	mu      sync.Mutex
 	running map[string]bool // failover ids in work here
@@ -108,16 +109,19 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("failover-orchestrator: %w", err)
 	}
-	return &Service{
+	s := &Service{
 		config: c, deps: d, log: d.Logger, tracer: d.TracerProvider.Tracer("failover-orchestrator"),
 		failovers: failovers, jobs: jobs, vms: vms, plans: plans, targets: targets(c, d), machine: machine, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
-	}, nil
+	}
+	s.points = newPointSessions(s)
+	return s, nil
 }
 
 // Register adds the service's handlers.
 func (s *Service) Register(r grpc.ServiceRegistrar) {
 	failoverv1.RegisterFailoverServiceServer(r, &server{s: s})
 	failoverv1.RegisterPlanServiceServer(r, &planServer{s: s})
+	failoverv1.RegisterPointServiceServer(r, &pointServer{s: s})
 }
 
 // Run executes failovers while this instance holds the lease, until ctx ends.
