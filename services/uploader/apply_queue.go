@@ -161,7 +161,7 @@ func (u *urgents) othersLocked(lineage string) bool {
 
 // standBack waits while another lineage is urgent, at most so long, and returns how long it was. hurry ends it.
 func (u *urgents) standBack(ctx context.Context, lineage string, most time.Duration, hurry func() bool) time.Duration {
-	started := time.Now()
+	started := time.Now() //nolint:forbidigo // a measurement
 	timer := time.NewTimer(max(most, 0))
 	defer timer.Stop()
 	for {
@@ -169,14 +169,14 @@ func (u *urgents) standBack(ctx context.Context, lineage string, most time.Durat
 		wait, changed := u.othersLocked(lineage), u.changed
 		u.mu.Unlock()
 		if !wait || most <= 0 || hurry() {
-			return time.Since(started)
+			return time.Since(started) //nolint:forbidigo // a measurement
 		}
 		select {
 		case <-changed:
 		case <-timer.C:
 			return most
 		case <-ctx.Done():
-			return time.Since(started)
+			return time.Since(started) //nolint:forbidigo // a measurement
 		}
 	}
 }

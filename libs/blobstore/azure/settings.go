@@ -109,6 +109,11 @@ func (s Settings) Kind() string {
 	return ""
 }
 
+// given reports whether Kubernetes' webhook for workload identity has set a variable, which the SDK then reads.
+func given(variable string) bool {
+	return os.Getenv(variable) != "" //nolint:forbidigo // Azure's own variables, not settings of ours
+}
+
 // Validate reports all problems that can be seen without knowing the account; see [Settings.ValidateURL] for the rest.
 func (s Settings) Validate() error {
 	var bad []error
@@ -134,13 +139,13 @@ func (s Settings) Validate() error {
 			add("credential", "both a SAS and a connection string are given: say which")
 		}
 	case WorkloadIdentity:
-		if s.TokenFile != "" || os.Getenv("AZURE_FEDERATED_TOKEN_FILE") == "" {
+		if s.TokenFile != "" || !given("AZURE_FEDERATED_TOKEN_FILE") {
 			need("token_file", s.TokenFile)
 		}
-		if os.Getenv("AZURE_TENANT_ID") == "" {
+		if !given("AZURE_TENANT_ID") {
 			need("tenant", s.Tenant)
 		}
-		if os.Getenv("AZURE_CLIENT_ID") == "" {
+		if !given("AZURE_CLIENT_ID") {
 			need("client", s.Client)
 		}
 	case ManagedIdentity:

@@ -58,7 +58,7 @@ func TestCRC64(t *testing.T) {
 	}
 	sum, err := bytesSource([]byte("123456789")).sum(sumCRC64)
 	require.NoError(t, err)
-	require.EqualValues(t, uint64(0xae8b14860a799888), uint64(sum.(blob.TransferValidationTypeCRC64)), "CRC-64/NVME's check value")
+	require.Equal(t, uint64(0xae8b14860a799888), uint64(sum.(blob.TransferValidationTypeCRC64)), "CRC-64/NVME's check value")
 	data := make([]byte, 100_001)
 	for i := range data {
 		data[i] = byte(i * i >> 3)
@@ -69,10 +69,10 @@ func TestCRC64(t *testing.T) {
 		require.NoError(t, err)
 		sum, err := src.sum(sumCRC64)
 		require.NoError(t, err)
-		require.EqualValues(t, crc64.Checksum(data[:n], table), uint64(sum.(blob.TransferValidationTypeCRC64)))
+		require.Equal(t, crc64.Checksum(data[:n], table), uint64(sum.(blob.TransferValidationTypeCRC64)))
 		sum, err = bytesSource(data[:n]).sum(sumCRC64)
 		require.NoError(t, err)
-		require.EqualValues(t, crc64.Checksum(data[:n], table), uint64(sum.(blob.TransferValidationTypeCRC64)))
+		require.Equal(t, crc64.Checksum(data[:n], table), uint64(sum.(blob.TransferValidationTypeCRC64)))
 	}
 	require.Equal(t, sumCRC64, summing(s.checksum.Load()))
 }
