@@ -15,16 +15,6 @@ const allBlocks = 2 * testBlocks
 // image is all disks of the guest at one instant.
 type image [allBlocks]uint64
 
-func (m *image) disk(i int) content {
-	c := content{}
-	for b := range testBlocks {
-		if v := m[i*testBlocks+b]; v != 0 {
-			c[int64(b)] = v
-		}
-	}
-	return c
-}
-
 // is says whether a disk reads as c.
 func (m *image) is(disk int, c content) bool {
 	for b := range testBlocks {
@@ -103,7 +93,6 @@ type modelHost struct {
 	settled map[Ordinal]bool
 	given   map[Ordinal]bool // settled ABANDONED
 	cuts    map[Ordinal]*image
-	late    bool // the cut now done was late
 
 	// The write log's.
 	hot      blockSet

@@ -119,12 +119,10 @@ type actor struct {
 
 // sleep is what the world was when an actor fell asleep in the middle of a job.
 type sleep struct {
-	closes   int
-	floor    Seq
-	head     Seq
-	leases   int
-	at       time.Time
-	reported bool
+	closes int
+	floor  Seq
+	head   Seq
+	at     time.Time
 }
 
 type event struct {

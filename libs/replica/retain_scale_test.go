@@ -27,7 +27,7 @@ func TestRetainScale(t *testing.T) {
 		mem.Advance(5 * time.Minute)
 		o := s.next
 		s.next++
-		var p parcel = two(nil, nil)
+		p := two(nil, nil)
 		if i%4 == 0 {
 			p = s.write(1)
 		}
