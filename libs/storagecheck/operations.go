@@ -39,7 +39,7 @@ func want(err, sentinel error) error {
 	if errors.Is(err, sentinel) {
 		return nil
 	}
-	return fmt.Errorf("it should be refused with \"%w\", and was: %w", sentinel, errOr(err))
+	return fmt.Errorf("it should be refused with %q, and was: %w", sentinel.Error(), errOr(err))
 }
 
 func errOr(err error) error {
