@@ -6,7 +6,6 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -394,7 +393,7 @@ func TestPlanTakesOver(t *testing.T) {
 	a.plan("both", 50*time.Millisecond, []string{"sites/lab/vms/one"}, []string{"sites/lab/vms/two"})
 	r := a.ok("--plan", "both", "--out", filepath.Join(a.root, "out"), "--take-over", "--yes")
 	id := newID.FindString(r.err)
-	require.Regexp(t, regexp.MustCompile(`(?s)close-lineage.*close-lineage.*one +materialise-disks.*waiting 50ms.*two +materialise-disks`), r.err)
+	require.Regexp(t, `(?s)close-lineage.*close-lineage.*one +materialise-disks.*waiting 50ms.*two +materialise-disks`, r.err)
 	for _, l := range []*lineage{one, two} {
 		st, err := l.r.Refresh(t.Context())
 		require.NoError(t, err)
