@@ -72,6 +72,7 @@ func (t *trial) permissions(ctx context.Context) {
 	var beyond []string
 	for _, p := range places {
 		c, name := t.store.Container(p.container), t.name(p.prefix)
+		var extra []string
 		attempt := func(action blobstore.Action, do func() error) {
 			needed := t.rights.Allow(action, p.container, name)
 			what := fmt.Sprintf("%s: %s", p.what, action)
@@ -88,7 +89,7 @@ func (t *trial) permissions(ctx context.Context) {
 			case needed, errors.Is(err, blobstore.ErrPermission):
 				good++
 			case err == nil:
-				beyond = append(beyond, what)
+				extra = append(extra, action.String())
 			default:
 				t.report.add(what, Warn, "", "%v", err)
 			}
@@ -116,6 +117,9 @@ func (t *trial) permissions(ctx context.Context) {
 			}
 			return err
 		})
+		if len(extra) > 0 {
+			beyond = append(beyond, fmt.Sprintf("%s (%s)", p.what, strings.Join(extra, ", ")))
+		}
 	}
 	if bad == 0 {
 		t.report.add("rights", OK, "", "what role %s needs is allowed (%d tries)", t.o.Role, good)
