@@ -1,0 +1,12 @@
+package bandwidth
+
+import "time"
+
+// Hurry makes a follower n times as quick.
+func (f *Follower) Hurry(n time.Duration) *Follower {
+	c := &f.cadence
+	for _, d := range []*time.Duration{&c.linger, &c.tick, &c.refresh, &c.writeGap, &c.expiry, &c.litter} {
+		*d /= n
+	}
+	return f
+}
