@@ -24,6 +24,11 @@ func main() {
 }
 
 func suite() error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if is, err := bench.Worker(ctx); is {
+		return err
+	}
 	o := bench.Options{Set: "quick", Progress: os.Stderr}
 	full := flag.Bool("full", false, "the reference disk of 4 GiB; without it 1 GiB")
 	size := flag.Int64("size", 0, "size of the reference disk in MiB, instead of what the set says")
@@ -47,8 +52,6 @@ func suite() error {
 	if *format != "table" && *format != "json" {
 		return fmt.Errorf("output format %q: table or json", *format)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
 	report, err := bench.Run(ctx, o)
 	if err != nil {
 		return err
