@@ -138,7 +138,7 @@ func (c *ctr) putBlocks(ctx context.Context, op, name string, src *source, id st
 		block := base64.StdEncoding.EncodeToString(raw2)
 		blocks = append(blocks, block)
 		n := min(stagedBlock, src.size-off)
-		part := &source{r: src.section(off, n), size: n, at: -1}
+		part := src.part(off, n)
 		_, err := c.s.call(ctx, call{op: op, name: c.key(name), blob: true, bytes: n}, func(ctx context.Context) error {
 			return c.s.upload(ctx, part, false, func(ctx context.Context, body io.ReadSeekCloser, sum blob.TransferValidationType) error {
 				_, err := b.StageBlock(ctx, block, body, &blockblob.StageBlockOptions{

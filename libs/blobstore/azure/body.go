@@ -14,6 +14,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
 	"github.com/minio/crc64nvme"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth/pacing"
 	"github.com/landfall-dr/landfall/libs/blobstore"
 )
 
@@ -44,7 +45,8 @@ func firstSumming(setting string) summing {
 type source struct {
 	mu   sync.Mutex // over r
 	r    io.ReadSeeker
-	data []byte // all of r, when it is in memory
+	free io.ReadSeeker // where reads of r wait for a limiter, the same without: for checksums; nil where they do not
+	data []byte        // all of r, when it is in memory
 	base int64
 	size int64
 	at   int64 // r's position, relative to base; -1 is not known
@@ -67,11 +69,26 @@ func newSource(r io.ReadSeeker, size int64) (*source, error) {
 	if size < 0 || end-base < size {
 		return nil, fmt.Errorf("%w: body of %d bytes has only %d", blobstore.ErrInvalid, size, max(0, end-base))
 	}
-	return &source{r: r, base: base, size: size, at: -1}, nil
+	s := &source{r: r, base: base, size: size, at: -1}
+	if p, ok := r.(pacing.Body); ok {
+		s.free = p.Free()
+	}
+	return s, nil
 }
 
 func bytesSource(data []byte) *source {
 	return &source{r: bytes.NewReader(data), data: data, size: int64(len(data)), at: -1}
+}
+
+// part is a part of s as a source of its own.
+func (s *source) part(off, size int64) *source {
+	p := &source{r: s.section(off, size), size: size, at: -1}
+	if s.free != nil {
+		free := s.section(off, size)
+		free.free = true
+		p.free = free
+	}
+	return p
 }
 
 // section is a part of s that shares its reader.
@@ -117,6 +134,7 @@ func (s *source) crc64() (uint64, error) {
 
 func (s *source) copyTo(w io.Writer) error {
 	b := s.section(0, s.size)
+	b.free = s.free != nil
 	n, err := io.Copy(w, b)
 	if err == nil && n != s.size {
 		err = fmt.Errorf("%w: body ended after %d of %d bytes", blobstore.ErrInvalid, n, s.size)
@@ -132,6 +150,7 @@ type sectionBody struct {
 	size    int64
 	pos     int64
 	revoked bool
+	free    bool // reads without waiting for a limiter
 }
 
 var errRevoked = errors.New("body is taken back")
@@ -148,14 +167,20 @@ func (b *sectionBody) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	}
 	p = p[:min(int64(len(p)), b.size-b.pos)]
+	r := s.r
+	if b.free {
+		r, s.at = s.free, -1
+	}
 	if want := b.off + b.pos; s.at != want {
-		if _, err := s.r.Seek(s.base+want, io.SeekStart); err != nil {
+		if _, err := r.Seek(s.base+want, io.SeekStart); err != nil {
 			return 0, err
 		}
 		s.at = want
 	}
-	n, err := s.r.Read(p)
-	s.at += int64(n)
+	n, err := r.Read(p)
+	if s.at += int64(n); b.free {
+		s.at = -1 // what waits must be told where it is
+	}
 	b.pos += int64(n)
 	if errors.Is(err, io.EOF) && b.pos < b.size {
 		err = fmt.Errorf("%w: body ended after %d of %d bytes", blobstore.ErrInvalid, b.pos, b.size)

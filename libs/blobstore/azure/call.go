@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth/pacing"
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/blobstore/azure/internal/pace"
 )
@@ -60,7 +61,7 @@ func (s *Store) call(ctx context.Context, c call, fn func(ctx context.Context) e
 	if c.blob {
 		req.Blob = c.name
 	}
-	giveUp := time.Now().Add(s.settings.RetryFor)
+	giveUp, waited := time.Now().Add(s.settings.RetryFor), pacing.Waited(ctx)
 	for try := 0; ; try++ {
 		slot, err := s.pacer.Acquire(ctx, req)
 		if err != nil {
@@ -80,7 +81,7 @@ func (s *Store) call(ctx context.Context, c call, fn func(ctx context.Context) e
 		// Full jitter, so that workers that failed together do not come back together; but not before they are asked to.
 		delay := max(v.after, time.Duration(rand.Int64N(int64(min(maxBackoff, s.opts.Backoff<<min(try, 16)))))+s.opts.Backoff/10)
 		at := time.Now().Add(delay)
-		if deadline, ok := ctx.Deadline(); at.After(giveUp) || ok && at.After(deadline) {
+		if deadline, ok := ctx.Deadline(); at.After(giveUp.Add(pacing.Waited(ctx)-waited)) || ok && at.After(deadline) {
 			return lost, s.wrap(c.op, c.name, fmt.Errorf("gave up after %d tries: %w", try+1, v.err))
 		}
 		timer := time.NewTimer(delay)
@@ -95,10 +96,12 @@ func (s *Store) call(ctx context.Context, c call, fn func(ctx context.Context) e
 
 // try makes one try and tells the pacer what came of it.
 func (s *Store) try(ctx context.Context, c call, n int, slot *pace.Slot, fn func(ctx context.Context) error) verdict {
-	tctx, cancel := context.WithTimeout(ctx, s.tryTimeout(c.bytes))
+	tctx, cancel := pacing.Timeout(ctx, s.tryTimeout(c.bytes)) // a body that is held back says nothing about the service
 	defer cancel()
-	began := time.Now()
+	began, waited := time.Now(), pacing.Waited(tctx)
 	err := fn(tctx)
+	paused := pacing.Waited(tctx) - waited
+	slot.Paused(paused)
 	var v verdict
 	if err != nil {
 		v = judge(err, s.opts.Clock())
@@ -115,7 +118,7 @@ func (s *Store) try(ctx context.Context, c call, n int, slot *pace.Slot, fn func
 		slot.Done(pace.OK)
 	}
 	if s.opts.OnRequest != nil {
-		s.opts.OnRequest(Request{Op: c.op, Blob: c.name, Bytes: c.bytes, Try: n, Took: time.Since(began), Err: v.err, Lost: v.maybe, Limited: v.throttle})
+		s.opts.OnRequest(Request{Op: c.op, Blob: c.name, Bytes: c.bytes, Try: n, Took: time.Since(began) - paused, Err: v.err, Lost: v.maybe, Limited: v.throttle})
 	}
 	return v
 }

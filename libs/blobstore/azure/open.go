@@ -188,10 +188,11 @@ func newTransport(s Settings) (*http.Transport, error) {
 
 // connect makes the SDK's client.
 func (s *Store) connect(conn connection, do Doer) error {
+	renewed := &renewal{settings: s.settings, conn: conn}
 	opts := service.ClientOptions{ClientOptions: azcore.ClientOptions{
 		Transport: do, Retry: policy.RetryOptions{MaxRetries: -1},
 		Telemetry:       policy.TelemetryOptions{ApplicationID: "landfall"},
-		PerCallPolicies: []policy.Policy{&s.clock, wantSum{}},
+		PerCallPolicies: []policy.Policy{&s.clock, wantSum{}, renewed},
 	}}
 	var err error
 	switch {
@@ -200,9 +201,11 @@ func (s *Store) connect(conn connection, do Doer) error {
 		if key, err = service.NewSharedKeyCredential(conn.account, conn.key); err != nil {
 			return fmt.Errorf("%w: the account key is no base64", blobstore.ErrCredentials)
 		}
+		renewed.key = key
 		s.client, err = service.NewClientWithSharedKeyCredential(conn.url, key, &opts)
 	case conn.sas != "":
-		s.client, err = service.NewClientWithNoCredential(conn.url+"?"+conn.sas, &opts)
+		renewed.sas.Store(&conn.sas)
+		s.client, err = service.NewClientWithNoCredential(conn.url, &opts)
 	default:
 		cred := s.opts.Credential
 		if cred == nil {

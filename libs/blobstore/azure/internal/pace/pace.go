@@ -122,6 +122,9 @@ func (p *Pacer) Acquire(ctx context.Context, req Request) (*Slot, error) {
 	return s, nil
 }
 
+// Paused says that the caller itself held the request back for d: the latency is judged without it.
+func (s *Slot) Paused(d time.Duration) { s.began = s.began.Add(d) }
+
 // Done ends the request.
 func (s *Slot) Done(o Outcome) {
 	took := s.p.limits.Now().Sub(s.began)
