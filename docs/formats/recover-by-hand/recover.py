@@ -13,7 +13,6 @@ library only; the program zstd must be there if a segment holds Zstandard frames
 import argparse
 import array
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -21,11 +20,7 @@ import struct
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
-import xml.etree.ElementTree as ET
 
 SECTOR = 512
 MIB = 1 << 20
@@ -116,6 +111,7 @@ class DirStore:
         return sorted(out)
 
     def get(self, container, name):
+        self.last = container + "/" + name
         try:
             with open(self._path(container, name, "@b"), "rb") as f:
                 return f.read()
@@ -156,6 +152,12 @@ class HTTPStore:
     """Azure Blob storage, or Azurite, by plain HTTP with a SAS."""
 
     def __init__(self, url):
+        global ET, http, urllib  # imported only here: a folder does not need them
+        import http.client
+        import urllib.error
+        import urllib.parse
+        import urllib.request
+        import xml.etree.ElementTree as ET
         u = urllib.parse.urlsplit(url)
         self.base = urllib.parse.urlunsplit((u.scheme, u.netloc, u.path.rstrip("/"), "", ""))
         self.sas = u.query
@@ -200,11 +202,15 @@ class HTTPStore:
             return []
 
     def get(self, container, name):
+        self.last = container + "/" + name
         return self._call(container + "/" + name, {})[1]
 
     def snapshot(self, container, name, snap):
         path, q = container + "/" + name, {"snapshot": snap}
-        head, _ = self._call(path, q, method="HEAD")
+        try:
+            head, _ = self._call(path, q, method="HEAD")
+        except Missing:
+            raise Missing("%s snapshot %s" % (path, snap))
         meta = {k[10:].lower(): v for k, v in head.items() if k.lower().startswith("x-ms-meta-")}
 
         def read(off, n):
@@ -382,11 +388,11 @@ def uvarint(obj, b, at):
         shift += 7
 
 
-def s2_decode(obj, b):
+def s2_decode(obj, i, b):
     """An S2 block: Snappy's, with repeated offsets and long copies (docs/formats/segment.md)."""
     size, s = uvarint(obj, b, 0)
     if size > FRAME:
-        raise Bad(obj, "an S2 block of %d bytes" % size)
+        raise Bad(obj, "frame %d: an S2 block of %d bytes" % (i, size))
     out, offset = bytearray(), 0
     try:
         while s < len(b):
@@ -432,9 +438,9 @@ def s2_decode(obj, b):
                 unit = bytes(out[-offset:])
                 out += (unit * (n // offset + 1))[:n]
     except IndexError:
-        raise Bad(obj, "an S2 block is damaged")
+        raise Bad(obj, "frame %d: the S2 block is damaged" % i)
     if len(out) != size:
-        raise Bad(obj, "an S2 block has %d bytes, not %d" % (len(out), size))
+        raise Bad(obj, "frame %d: the S2 block has %d bytes, not %d" % (i, len(out), size))
     return bytes(out)
 
 
@@ -502,7 +508,7 @@ def segment(obj, raw, lineage, m, disk):
         if codec == 0:
             b = f
         elif codec == 1:
-            b = s2_decode(obj, f)
+            b = s2_decode(obj, i, f)
         elif codec == 2:
             b = unpacked[zat:zat + want]
             zat += want
@@ -701,6 +707,7 @@ def main():
     o = a.parse_args()
     try:
         store = open_store(o.store)
+        store.last = "?"
         if o.what == "list":
             return survey(store, o.json)
         if not o.outdir:
@@ -714,6 +721,9 @@ def main():
         recover(lin, int(o.point), o.outdir, o.raw, o.journal_only)
     except (Bad, OSError) as e:
         print("recover.py: %s" % e, file=sys.stderr)
+        raise SystemExit(1)
+    except (KeyError, TypeError, ValueError, AttributeError, struct.error) as e:
+        print("recover.py: %s: not as the documents say: %r" % (store.last, e), file=sys.stderr)
         raise SystemExit(1)
 
 
