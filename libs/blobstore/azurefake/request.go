@@ -155,7 +155,7 @@ func (s *Server) perform(w http.ResponseWriter, q *request) (*answer, *refusal) 
 // limited refuses what is above the targets of the account or of the page blob.
 func (s *Server) limited(q *request) *refusal {
 	n := max(q.ContentLength, 0)
-	if q.Method == http.MethodGet && q.blob != "" {
+	if q.name == "GetBlob" { // the range of Get Page Ranges moves no bytes
 		if from, to, ok := parseRange(rangeHeader(q.Header)); ok && to >= 0 {
 			n = to - from + 1
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/blob"
 	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/bloberror"
+	"github.com/Azure/azure-sdk-for-go/sdk/storage/azblob/pageblob"
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/blobstore/azurefake"
@@ -39,6 +40,9 @@ func TestPageBlobTargets(t *testing.T) {
 
 	b := start(t, azurefake.Options{PageBlobBytes: 64 << 10, LimitBurst: 100 * time.Millisecond})
 	p = pageBlob(t, box(t, b, "busy"), "one", 8*mib)
+	whole := &pageblob.GetPageRangesOptions{Range: blob.HTTPRange{Count: 8 * mib}}
+	_, err := p.NewGetPageRangesPager(whole).NextPage(t.Context())
+	require.NoError(t, err, "asking what lies in a range moves none of its bytes")
 	require.NoError(t, write(t, p, 0, fill(mib, 1), nil), "a request may overdraw")
 	code(t, write(t, p, 0, fill(512, 1), nil), 503, bloberror.ServerBusy)
 }
