@@ -102,6 +102,7 @@ func (s *Service) runCancel(ctx context.Context, f *failoverv1.Failover) error {
 		}})
 	}
 	steps = append(steps, step{id: stepRemove, do: func(ctx context.Context) (any, string, error) {
+		s.letGo(ctx, f)
 		detail, err := s.removeOrLeave(ctx, f)
 		return nil, detail, err
 	}}, (&fencing{copying: c}).reopen())

@@ -205,13 +205,15 @@ func proof(e *typesv1.BootEvidence) string {
 	return fmt.Sprintf("%s after %.1f s", e.Proof, e.Seconds)
 }
 
-// steps are those that bring the copy up, after the check.
-func (c *copying) steps() []step {
-	out := []step{c.claim(), c.materialise(), c.describe()}
-	if c.t.Boots() {
-		out = append(out, c.boot())
+// bringUp makes the copy, its point held, and boots it. Steps that the journal has are not repeated.
+func (c *copying) bringUp(ctx context.Context) error {
+	err := c.holding(ctx, func(ctx context.Context) error {
+		return c.s.perform(ctx, c.f.Job, c.j, c.claim(), c.materialise(), c.describe())
+	})
+	if err != nil || !c.t.Boots() {
+		return err
 	}
-	return out
+	return c.s.perform(ctx, c.f.Job, c.j, c.boot())
 }
 
 // keep changes the record of a failover that this instance works on, and f with it. Where the record has moved on,

@@ -9,7 +9,8 @@
 // target.Target.
 //
 // Invariants:
-//  1. A test failover changes nothing in the journal or the replica.
+//  1. A test failover changes nothing in the journal or the replica, but for
+//     the pin failover/<id> that keeps its point while it is read.
 //  2. What a failover made is written in the folder's marker before it is
 //     made; clean-up removes exactly that, and only from the machine that made
 //     it. A folder with another marker, or with files and no marker, is never

@@ -43,6 +43,7 @@ func (s *Service) fail(ctx context.Context, f *failoverv1.Failover, cause error)
 	if !s.decideFailure(ctx, f, cause, same) {
 		return
 	}
+	s.letGo(ctx, f)
 	end := ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_FAILED, job: f.Job, cause: cause}
 	if _, err := s.remove(ctx, f); err != nil {
 		// What is left makes it a failed clean-up, which can be tried again, of a failed job.
@@ -140,7 +141,9 @@ func (s *Service) runTest(ctx context.Context, f *failoverv1.Failover) error {
 		}
 		return storeError(err)
 	})
-	err = s.perform(ctx, f.Job, c.j, append([]step{check}, c.steps()...)...)
+	if err = s.perform(ctx, f.Job, c.j, check); err == nil {
+		err = c.bringUp(ctx)
+	}
 	if err == nil || errors.As(err, &unproven{}) { // a drill that did not come up is evidence, until somebody has looked
 		s.settle(ctx, f, ending{state: typesv1.TestFailoverState_TEST_FAILOVER_STATE_WAITING_CLEANUP, job: f.Job, cause: err, files: c.files})
 	}

@@ -151,7 +151,7 @@ func (s *Service) bringUp(ctx context.Context, f *failoverv1.Failover) ([]string
 	group, both := errgroup.WithContext(ctx)
 	var late error
 	group.Go(func() error {
-		err := s.perform(both, f.Job, c.j, c.steps()...)
+		err := c.bringUp(both)
 		if errors.As(err, &unproven{}) { // the copy stays: the replica is set back all the same
 			late, err = err, nil
 		}
@@ -282,6 +282,7 @@ func (s *Service) giveUp(ctx context.Context, f *failoverv1.Failover, cause erro
 	if !s.decideFailure(ctx, f, cause, same) {
 		return
 	}
+	s.letGo(ctx, f)
 	end := resting{phase: failed, job: f.Job, cause: cause}
 	if _, err := s.remove(ctx, f); err != nil {
 		// What is left is named, so that the next attempt elsewhere does not forget it.
@@ -325,14 +326,15 @@ func (s *Service) failoversOf(ctx context.Context, vm string) ([]*failoverv1.Fai
 }
 
 // rivalFailover is another failover of the same VM that goes before f: one that is not over, or of two that begin at
-// once the one asked for first. A failed one that f replaces is ended by this.
+// once the one asked for first, also when the other one has given way to it meanwhile. A failed one that f replaces is ended
+// by this.
 func (s *Service) rivalFailover(ctx context.Context, f *failoverv1.Failover) (*failoverv1.Failover, error) {
 	all, err := s.failoversOf(ctx, f.Vm)
 	if err != nil {
 		return nil, err
 	}
 	for _, o := range all {
-		if o.Name == f.Name || over(o) || o.Phase == starting && age(o, f) >= 0 {
+		if o.Name == f.Name || over(o) || (o.Phase == starting || o.Phase == failed) && age(o, f) >= 0 {
 			continue
 		}
 		if ended, err := s.replaced(ctx, o); err != nil {

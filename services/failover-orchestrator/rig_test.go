@@ -221,10 +221,15 @@ func (g *rig) api(s *failoverorchestrator.Service) (stop func()) {
 func (g *rig) start(store blobstore.Store, serving bool) *instance {
 	g.t.Helper()
 	s := g.newService(store)
-	stopServer := func() {}
-	if serving {
-		stopServer = g.api(s)
+	if !serving {
+		return g.run(s, func() {})
 	}
+	return g.run(s, g.api(s))
+}
+
+// run runs a service until the test ends or the instance is stopped, its API first.
+func (g *rig) run(s *failoverorchestrator.Service, stopServer func()) *instance {
+	g.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()

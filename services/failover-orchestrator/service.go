@@ -60,6 +60,7 @@ type Service struct {
 	metrics   metrics
 	wake      chan struct{}
 	points    *pointSessions
+	holdRenew time.Duration // between two looks at the pin of a point that is being read
 
 	mu      sync.Mutex
 	running map[string]bool // failover ids in work here
@@ -113,7 +114,7 @@ func New(ctx context.Context, c Config, d Deps) (*Service, error) {
 		config: c, deps: d, log: d.Logger, tracer: d.TracerProvider.Tracer("failover-orchestrator"),
 		failovers: failovers, jobs: jobs, vms: vms, plans: plans, targets: targets(c, d), machine: machine, metrics: m, wake: make(chan struct{}, 1), running: map[string]bool{},
 	}
-	s.points = newPointSessions(s)
+	s.points, s.holdRenew = newPointSessions(s), holdRenew
 	return s, nil
 }
 
