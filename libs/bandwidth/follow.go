@@ -2,10 +2,12 @@ package bandwidth
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,8 +55,8 @@ type FollowerOptions struct {
 	Bus *bus.Bus
 	// Site that the worker sends from.
 	Site string
-	// Worker names this process among all of the site: the service and something random.
-	Worker string
+	// Service that this process is; with something random behind it, it names the worker among all of the site.
+	Service string
 	// Limiter that is told the worker's part, and asked for its streams.
 	Limiter *Limiter
 	// Clock tells which window of the schedule holds; nil is the system's.
@@ -65,7 +67,8 @@ type FollowerOptions struct {
 
 // Follower keeps a worker's Limiter at the worker's part of the site's rate.
 type Follower struct {
-	o FollowerOptions
+	o      FollowerOptions
+	worker string
 	cadence
 	start time.Time
 	ready chan struct{}
@@ -96,8 +99,8 @@ type other struct {
 
 // NewFollower checks the options; Run starts it.
 func NewFollower(o FollowerOptions) (*Follower, error) {
-	if o.Bus == nil || o.Site == "" || o.Worker == "" || o.Limiter == nil {
-		return nil, errors.New("follow the bandwidth: bus, site, worker and limiter are needed")
+	if o.Bus == nil || o.Site == "" || o.Service == "" || o.Limiter == nil {
+		return nil, errors.New("follow the bandwidth: bus, site, service and limiter are needed")
 	}
 	if o.Clock == nil {
 		o.Clock = time.Now
@@ -106,7 +109,7 @@ func NewFollower(o FollowerOptions) (*Follower, error) {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	return &Follower{
-		o: o, cadence: usual, start: time.Now(), ready: make(chan struct{}), kick: make(chan struct{}, 1), dirty: make(chan struct{}, 1), others: map[string]other{},
+		o: o, worker: o.Service + "-" + strings.ToLower(rand.Text()), cadence: usual, start: time.Now(), ready: make(chan struct{}), kick: make(chan struct{}, 1), dirty: make(chan struct{}, 1), others: map[string]other{},
 	}, nil
 }
 
@@ -270,7 +273,7 @@ func (f *Follower) see(u bus.Update[*uploaderv1.TransferDemand]) {
 	f.others[u.Key] = other{demand: d, at: u.Time, revision: u.Revision}
 }
 
-func (f *Follower) key() string { return bus.Key(f.o.Site, f.o.Worker) }
+func (f *Follower) key() string { return bus.Key(f.o.Site, f.worker) }
 
 // pace recomputes when the streams change and when time may have changed something.
 func (f *Follower) pace(ctx context.Context) {
@@ -367,7 +370,7 @@ func (f *Follower) ageOf(o other) time.Duration { return f.steady().Add(f.offset
 
 // write keeps the worker's record what it should be, and takes it away in the end.
 func (f *Follower) write(ctx context.Context, kv *bus.KV[*uploaderv1.TransferDemand]) {
-	r := record{kv: kv, refresh: f.refresh, key: f.key(), site: "sites/" + f.o.Site, worker: f.o.Worker}
+	r := record{kv: kv, refresh: f.refresh, key: f.key(), site: "sites/" + f.o.Site, worker: f.worker}
 	defer func() {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 		defer cancel()

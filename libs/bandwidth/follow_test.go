@@ -68,7 +68,7 @@ func (r *rig) start(name string, b *bus.Bus) *worker {
 	w := &worker{Limiter: bandwidth.NewLimiter()}
 	var err error
 	w.f, err = bandwidth.NewFollower(bandwidth.FollowerOptions{
-		Bus: b, Site: "lab", Worker: name, Limiter: w.Limiter, Logger: testkit.Logger(r.t),
+		Bus: b, Site: "lab", Service: name, Limiter: w.Limiter, Logger: testkit.Logger(r.t),
 		Clock: func() time.Time { return time.Unix(r.now.Load(), 0) },
 	})
 	require.NoError(r.t, err)

@@ -22,6 +22,9 @@ type PackOptions struct {
 	// SkipZeros leaves out blocks of zeros: only right where nothing can lie under them. Otherwise they become zero
 	// extents.
 	SkipZeros bool
+	// Bulk says that others go first: the pool's last buffer is not for this packer, so that segments that a bandwidth limit
+	// holds up do not keep those waiting.
+	Bulk bool
 	// Put stores a finished segment (replica.Replica.PutSegment, with whatever must happen around it).
 	Put func(ctx context.Context, key replica.SegmentKey, body []byte, sha [32]byte) (replica.Segment, error)
 }
@@ -91,7 +94,7 @@ func (p *Packer) add(ctx context.Context, r Run) error {
 // write calls do with a segment that has room.
 func (p *Packer) write(ctx context.Context, do func(w *segment.Writer) error) error {
 	if p.w == nil {
-		buf, err := p.pool.get(ctx)
+		buf, err := p.pool.get(ctx, p.o.Bulk)
 		if err != nil {
 			return fmt.Errorf("wait for a segment buffer: %w", err)
 		}
@@ -101,7 +104,7 @@ func (p *Packer) write(ctx context.Context, do func(w *segment.Writer) error) er
 		}
 		w, err := segment.NewWriter(p.o.Header, buf, o)
 		if err != nil {
-			p.pool.put(buf)
+			p.pool.put(buf, p.o.Bulk)
 			return err
 		}
 		p.w, p.buf = w, buf
@@ -120,16 +123,16 @@ func (p *Packer) seal(ctx context.Context) error {
 	w, buf := p.w, p.buf
 	p.w, p.buf = nil, nil
 	if w.Empty() {
-		p.pool.put(buf)
+		p.pool.put(buf, p.o.Bulk)
 		return nil
 	}
 	body, sha, stats, err := w.Finish()
 	if err != nil {
-		p.pool.put(buf)
+		p.pool.put(buf, p.o.Bulk)
 		return damaged(err)
 	}
 	if err := p.settle(); err != nil {
-		p.pool.put(body)
+		p.pool.put(body, p.o.Bulk)
 		return err
 	}
 	key := p.o.Key
@@ -148,7 +151,7 @@ func (p *Packer) seal(ctx context.Context) error {
 		} else {
 			ended(int64(len(body)))
 		}
-		p.pool.put(body)
+		p.pool.put(body, p.o.Bulk)
 		done <- stored{seg, stats, err}
 	}()
 	return nil
@@ -204,7 +207,7 @@ func (p *Packer) Abort() {
 	}
 	_ = p.settle() // its segment is an orphan, whatever became of it
 	if p.w != nil {
-		p.pool.put(p.buf)
+		p.pool.put(p.buf, p.o.Bulk)
 		p.w, p.buf = nil, nil
 	}
 }

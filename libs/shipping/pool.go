@@ -10,6 +10,7 @@ const bufferSlack = 2*MaxChunk + 256<<10
 // use.
 type Pool struct {
 	slots  chan []byte
+	bulk   chan struct{} // one less than slots: what those may take who leave one to others; nil with a single slot
 	target int
 }
 
@@ -18,6 +19,9 @@ func NewPool(n, target int) *Pool {
 	p := &Pool{slots: make(chan []byte, max(n, 1)), target: max(target, 1)}
 	for range cap(p.slots) {
 		p.slots <- nil
+	}
+	if n > 1 {
+		p.bulk = make(chan struct{}, n-1)
 	}
 	return p
 }
@@ -28,8 +32,21 @@ func (p *Pool) Target() int { return p.target }
 // InUse is how many buffers are taken.
 func (p *Pool) InUse() int { return cap(p.slots) - len(p.slots) }
 
-// get waits for a buffer. Every buffer is given back by put, grown or not.
-func (p *Pool) get(ctx context.Context) ([]byte, error) {
+// get waits for a buffer. Every buffer is given back by put, grown or not, with the same bulk: who is, leaves the last buffer
+// to who is not.
+func (p *Pool) get(ctx context.Context, bulk bool) (_ []byte, err error) {
+	if bulk && p.bulk != nil {
+		select {
+		case p.bulk <- struct{}{}:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		defer func() {
+			if err != nil {
+				<-p.bulk
+			}
+		}()
+	}
 	select {
 	case b := <-p.slots:
 		if b == nil {
@@ -41,4 +58,9 @@ func (p *Pool) get(ctx context.Context) ([]byte, error) {
 	}
 }
 
-func (p *Pool) put(b []byte) { p.slots <- b[:0] }
+func (p *Pool) put(b []byte, bulk bool) {
+	p.slots <- b[:0]
+	if bulk && p.bulk != nil {
+		<-p.bulk
+	}
+}

@@ -16,6 +16,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth"
+	"github.com/landfall-dr/landfall/libs/bandwidth/pacing"
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/extent"
@@ -469,7 +471,8 @@ func (w *run) putSegment(ctx context.Context, key replica.SegmentKey, body []byt
 	if err := failpoint.Hit(fpBeforeSegment); err != nil {
 		return replica.Segment{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, w.config.StorageTimeout)
+	// Waiting for our own share of the link is not storage's time.
+	ctx, cancel := pacing.Timeout(bandwidth.With(ctx, bandwidth.Resync), w.config.StorageTimeout)
 	defer cancel()
 	seg, err := w.r.PutSegment(ctx, key, body, sha)
 	if err != nil {

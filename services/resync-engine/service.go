@@ -9,8 +9,10 @@ import (
 	"time"
 
 	"go.opentelemetry.io/otel/metric"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth"
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/shipping"
@@ -40,6 +42,7 @@ type Service struct {
 	config   Config
 	bus      *bus.Bus
 	comparer *comparer
+	follower *bandwidth.Follower // of the site's bandwidth
 	metrics  *metrics
 	logger   *slog.Logger
 	clock    func() time.Time
@@ -79,10 +82,23 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the resync-engine: %w", err)
 	}
+	limiter := bandwidth.NewLimiter()
+	if deps.MeterProvider != nil {
+		err = limiter.Observe(deps.MeterProvider.Meter("github.com/landfall-dr/landfall/services/resync-engine"), "landfall_resync_engine")
+		if err != nil {
+			return nil, fmt.Errorf("build the resync-engine: %w", err)
+		}
+	}
+	follower, err := bandwidth.NewFollower(bandwidth.FollowerOptions{
+		Bus: deps.Bus, Site: config.Site, Service: "resync-engine", Limiter: limiter, Clock: deps.Clock, Logger: deps.Logger,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("build the resync-engine: %w", err)
+	}
 	return &Service{
-		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]string{},
+		config: config, bus: deps.Bus, follower: follower, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]string{},
 		comparer: &comparer{
-			config: config, store: deps.Store, hosts: deps.Hosts, pool: shipping.NewPool(config.Buffers, config.SegmentBytes),
+			config: config, store: bandwidth.Store(deps.Store, limiter), hosts: deps.Hosts, pool: shipping.NewPool(config.Buffers, config.SegmentBytes),
 			codec: codec, clock: deps.Clock, metrics: m, logger: deps.Logger,
 		},
 	}, nil
@@ -103,7 +119,17 @@ func (s *Service) Run(ctx context.Context) error {
 		return fmt.Errorf("run the resync-engine: %w", err)
 	}
 	s.logger.InfoContext(ctx, "resync-engine runs", "site", s.config.Site)
-	if err := consumer.Run(ctx, s.handle); err != nil {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.follower.Run(ctx) })
+	group.Go(func() error {
+		select { // a limit that was set before holds for the first segment
+		case <-s.follower.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+		return consumer.Run(ctx, s.handle)
+	})
+	if err := group.Wait(); err != nil {
 		return fmt.Errorf("run the resync-engine: %w", err)
 	}
 	return nil

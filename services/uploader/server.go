@@ -13,7 +13,7 @@ import (
 func (s *Service) GetStatus(context.Context, *uploaderv1.GetStatusRequest) (*uploaderv1.GetStatusResponse, error) {
 	out := &uploaderv1.GetStatusResponse{
 		ShippedBytes: s.metrics.shippedTotal.Load(), AppliedBytes: s.metrics.appliedTotal.Load(),
-		RetiredObjects: s.metrics.retiredTotal.Load(),
+		RetiredObjects: s.metrics.retiredTotal.Load(), BandwidthBytesPerSecond: s.limiter.Rate(),
 	}
 	for _, r := range s.config.Roles {
 		out.Roles = append(out.Roles, string(r))

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth"
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/bus"
 	"github.com/landfall-dr/landfall/libs/shipping"
@@ -47,6 +48,10 @@ type Service struct {
 	metrics  *metrics
 	logger   *slog.Logger
 	clock    func() time.Time
+
+	// limiter and follower are role ship's share of the site's bandwidth; follower is nil without that role.
+	limiter  *bandwidth.Limiter
+	follower *bandwidth.Follower
 
 	alarms  *alarms
 	urgent  *urgents
@@ -85,10 +90,17 @@ func New(config Config, deps Deps) (*Service, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build the uploader: %w", err)
 	}
-	known := newReplicas(deps.Store)
+	limiter, follower, err := newLink(config, deps)
+	if err != nil {
+		return nil, fmt.Errorf("build the uploader: %w", err)
+	}
+	known := newReplicas(bandwidth.Store(deps.Store, limiter))
 	s := &Service{
 		config: config, bus: deps.Bus, metrics: m, logger: deps.Logger, clock: deps.Clock, active: map[work]*active{},
-		shipper:  &shipper{config: config, replicas: known, hosts: deps.Hosts, pool: pool, codec: codec, metrics: m, logger: deps.Logger},
+		limiter: limiter, follower: follower,
+		shipper: &shipper{
+			config: config, replicas: known, hosts: deps.Hosts, pool: pool, codec: codec, limiter: limiter, metrics: m, logger: deps.Logger,
+		},
 		retainer: &retainer{config: config, replicas: known, metrics: m, logger: deps.Logger},
 		applier:  &applier{config: config, replicas: known, clock: deps.Clock, metrics: m, logger: deps.Logger},
 		alarms:   &alarms{bus: deps.Bus, config: config.Apply.Backlog, clock: deps.Clock, logger: deps.Logger},
@@ -96,6 +108,23 @@ func New(config Config, deps Deps) (*Service, error) {
 	}
 	s.sleeper = newSleeper(s)
 	return s, nil
+}
+
+// newLink is the limiter of the process and, where it ships, what follows the site's bandwidth.
+func newLink(config Config, deps Deps) (*bandwidth.Limiter, *bandwidth.Follower, error) {
+	limiter := bandwidth.NewLimiter()
+	if deps.MeterProvider != nil {
+		if err := limiter.Observe(deps.MeterProvider.Meter("github.com/landfall-dr/landfall/services/uploader"), "landfall_uploader"); err != nil {
+			return nil, nil, err
+		}
+	}
+	if !slices.Contains(config.Roles, RoleShip) {
+		return limiter, nil, nil
+	}
+	follower, err := bandwidth.NewFollower(bandwidth.FollowerOptions{
+		Bus: deps.Bus, Site: config.Site, Service: "uploader", Limiter: limiter, Clock: deps.Clock, Logger: deps.Logger,
+	})
+	return limiter, follower, err
 }
 
 // Register offers UploaderService on a server.
@@ -110,6 +139,13 @@ func (s *Service) Run(ctx context.Context) error {
 			return fmt.Errorf("run role %s: %w", role, err)
 		}
 		group.Go(func() error {
+			if role == RoleShip {
+				select { // a limit that was set before holds for the first segment
+				case <-s.follower.Ready():
+				case <-ctx.Done():
+					return nil
+				}
+			}
 			if err := consumer.Run(ctx, handle); err != nil {
 				return fmt.Errorf("run role %s: %w", role, err)
 			}
@@ -120,6 +156,9 @@ func (s *Service) Run(ctx context.Context) error {
 		s.sleeper.run(ctx)
 		return nil
 	})
+	if s.follower != nil {
+		group.Go(func() error { return s.follower.Run(ctx) })
+	}
 	s.logger.InfoContext(ctx, "uploader runs", "roles", s.config.Roles, "site", s.config.Site)
 	return group.Wait()
 }

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/landfall-dr/landfall/libs/bandwidth"
+	"github.com/landfall-dr/landfall/libs/bandwidth/pacing"
 	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/extent"
 	"github.com/landfall-dr/landfall/libs/failpoint"
@@ -41,6 +43,7 @@ type shipper struct {
 	hosts    Hosts
 	pool     *shipping.Pool
 	codec    *shipping.Codec
+	limiter  *bandwidth.Limiter
 	metrics  *metrics
 	logger   *slog.Logger
 	// damage, in tests, gets every run after it was received. Called by several streams at once.
@@ -346,8 +349,9 @@ func (s *shipper) packDisk(ctx context.Context, r *replica.Replica, t *uploaderv
 	}
 	packer := shipping.NewPacker(s.pool, shipping.PackOptions{
 		Key: key, Header: header, Codec: s.codec, SkipZeros: skipZeros,
+		Bulk: classOf(t) != bandwidth.Delta && s.limiter.Rate() > 0,
 		Put: func(_ context.Context, key replica.SegmentKey, body []byte, sha [32]byte) (replica.Segment, error) {
-			return s.putSegment(ctx, r, key, body, sha)
+			return s.putSegment(bandwidth.With(ctx, classOf(t)), r, key, body, sha)
 		},
 	})
 	defer packer.Abort()
@@ -372,11 +376,19 @@ func (s *shipper) packDisk(ctx context.Context, r *replica.Replica, t *uploaderv
 	return packer.Finish(ctx)
 }
 
+// classOf is what a task's bytes are for.
+func classOf(t *uploaderv1.ShipTask) bandwidth.Class {
+	if t.GetPoint() != nil {
+		return bandwidth.Delta
+	}
+	return bandwidth.Copy
+}
+
 func (s *shipper) putSegment(ctx context.Context, r *replica.Replica, key replica.SegmentKey, body []byte, sha [32]byte) (replica.Segment, error) {
 	if err := failpoint.Hit(fpBeforeSegment); err != nil {
 		return replica.Segment{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.config.StorageTimeout)
+	ctx, cancel := pacing.Timeout(ctx, s.config.StorageTimeout) // waiting for our own share is not storage's time
 	defer cancel()
 	seg, err := r.PutSegment(ctx, key, body, sha)
 	if err != nil {
