@@ -141,6 +141,9 @@ func (a *Applier) Advance(ctx context.Context, to Seq) (Progress, error) {
 var errBehind = fmt.Errorf("number above the head: %w", ErrCorrupt)
 
 func (a *Applier) advance(ctx context.Context, to Seq) (p Progress, err error) {
+	if err := a.r.whole(); err != nil {
+		return p, err
+	}
 	st, entries, err := a.r.snapshotChain(ctx)
 	if err != nil || st.Head == 0 {
 		return p, err

@@ -154,6 +154,9 @@ func (c *chain) remember(m *Manifest, size int) {
 
 // refresh brings the chain up to storage's head. The caller holds the turn (or owns r alone).
 func (r *Replica) refresh(ctx context.Context) error {
+	if r.damage != nil {
+		return nil // what is known is all that can be
+	}
 	const tries = 4 // a floor may rise while the log is listed, but not four times in one refresh
 	for range tries {
 		again, err := r.refreshOnce(ctx)

@@ -68,6 +68,9 @@ func (r *Replica) Checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, err
 }
 
 func (r *Replica) checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, error) {
+	if err := r.whole(); err != nil {
+		return nil, err
+	}
 	e, err := r.entryAt(ctx, n)
 	if err != nil {
 		return nil, err
@@ -133,6 +136,9 @@ func (r *Replica) checkpoint(ctx context.Context, n Seq) (*CheckpointRecord, err
 func (r *Replica) VoidCheckpoint(ctx context.Context, n Seq) (*CheckpointRecord, error) {
 	if n == 0 || n > MaxSeq {
 		return nil, fmt.Errorf("void checkpoint %d: %w", n, ErrInvalid)
+	}
+	if err := r.whole(); err != nil {
+		return nil, fmt.Errorf("void checkpoint %d: %w", n, err)
 	}
 	rec := CheckpointRecord{V: CheckpointVersion, Lineage: r.lineage, Seq: n, Void: true}
 	won, err := r.putCheckpoint(ctx, &rec)

@@ -101,6 +101,9 @@ func (p *Proposal) describe() string {
 }
 
 func (r *Replica) commit(ctx context.Context, p *Proposal) (Result, error) {
+	if err := r.whole(); err != nil {
+		return Result{}, err
+	}
 	fresh := false // the state was read from storage since the last change we know of
 	for range maxCommitAttempts {
 		st := &r.chain.state

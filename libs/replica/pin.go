@@ -110,6 +110,9 @@ func (r *Replica) Pins(ctx context.Context) ([]Pin, error) {
 // that the record is still the one that was read; again from the start when it is not. change says whether there is
 // anything to put.
 func (r *Replica) changeRecord(ctx context.Context, change func(ret *Retention) (bool, error)) error {
+	if err := r.whole(); err != nil {
+		return err
+	}
 	if err := r.lock(ctx); err != nil {
 		return err
 	}

@@ -24,7 +24,8 @@ type Replica struct {
 	pace pace // how fast appliers of this process were
 	seen seen // how they left the page blobs
 
-	opens   int // segment indexes fetched at a time when reading a point
+	damage  error // of a chain that is for reading only; nil when it is whole
+	opens   int   // segment indexes fetched at a time when reading a point
 	bugs    bugs
 	pending []pendingPut // only with bugs.ManifestBeforeSegments
 }
@@ -55,16 +56,20 @@ func open(ctx context.Context, store blobstore.Store, lineage Lineage, b bugs) (
 	if err != nil {
 		return nil, err
 	}
-	r := &Replica{
+	r := newReplica(store, l, b)
+	if err := r.refresh(ctx); err != nil {
+		return nil, fmt.Errorf("open lineage %s: %w", l, err)
+	}
+	return r, nil
+}
+
+func newReplica(store blobstore.Store, l Lineage, b bugs) *Replica {
+	return &Replica{
 		lineage: l, store: store, turn: make(chan struct{}, 1), opens: openParallel, bugs: b,
 		journal: store.Container(l.JournalContainer()),
 		staging: store.Container(l.StagingContainer()),
 		replica: store.Container(l.ReplicaContainer()),
 	}
-	if err := r.refresh(ctx); err != nil {
-		return nil, fmt.Errorf("open lineage %s: %w", l, err)
-	}
-	return r, nil
 }
 
 // Lineages yields the lineages that a store holds, in order of their ids.
@@ -76,7 +81,7 @@ func Lineages(ctx context.Context, store blobstore.Store) iter.Seq2[Lineage, err
 				yield("", fmt.Errorf("list lineages: %w", err))
 				return
 			}
-			if l, err := ParseLineage(strings.TrimPrefix(name, prefix)); err == nil && !yield(l, nil) {
+			if l, err := ParseLineage(strings.TrimPrefix(name, prefix)); err == nil && l != ValidationLineage && !yield(l, nil) {
 				return
 			}
 		}

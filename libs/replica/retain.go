@@ -113,6 +113,9 @@ func (o *RetainOptions) defaults() {
 }
 
 func (r *Replica) retain(ctx context.Context, o *RetainOptions, res *RetainResult) (err error) {
+	if err := r.whole(); err != nil {
+		return err
+	}
 	now := o.Now
 	if now.IsZero() {
 		if now, err = r.store.Now(ctx); err != nil {
@@ -124,8 +127,24 @@ func (r *Replica) retain(ctx context.Context, o *RetainOptions, res *RetainResul
 		return err
 	}
 	p.count(res)
-	s := &sweeper{r: r, o: o, res: res, now: now, p: p, left: o.MaxDeletes}
+	s := &sweeper{r: r, o: o, res: res, now: p.now, p: p, left: o.MaxDeletes}
 	return s.sweep(ctx)
+}
+
+// earlier is the earlier one of now and a later reading of storage time, after other answers of storage: one answer with a
+// wrong date must not end points and pins, for they do not come back.
+func (r *Replica) earlier(ctx context.Context, o *RetainOptions, now time.Time) (time.Time, error) {
+	if !o.Now.IsZero() {
+		return now, nil
+	}
+	again, err := r.store.Now(ctx)
+	if err != nil {
+		return now, fmt.Errorf("storage time: %w", err)
+	}
+	if again.Before(now) {
+		return again, nil
+	}
+	return now, nil
 }
 
 // decide makes a plan, stores the extent maps that it wants, and puts the record; again when the record changed meanwhile.
@@ -143,6 +162,9 @@ func (r *Replica) decide(ctx context.Context, o *RetainOptions, now time.Time, r
 		}
 		ckpts, err := r.checkpoints(ctx)
 		if err != nil {
+			return nil, err
+		}
+		if now, err = r.earlier(ctx, o, now); err != nil {
 			return nil, err
 		}
 		ret := r.chain.retention

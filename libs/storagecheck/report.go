@@ -11,7 +11,7 @@ import (
 )
 
 // Lineage is the one whose containers are used. The scheduler's check makes them; no machine is ever given it.
-const Lineage replica.Lineage = "00000000000000000000000000000000"
+const Lineage = replica.ValidationLineage
 
 // Result of one check.
 type Result string

@@ -164,8 +164,23 @@ func (s *Session) prepare(ctx context.Context, req Request) (*replica.Replica, t
 		return nil, nil, errcat.New(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, "target folder %q is not an absolute path", req.Dir)
 	}
 	lineage := replica.Lineage(req.Of.Lineage)
-	r, err := replica.Open(ctx, s.store, lineage)
-	return r, t, s.chainError(ctx, lineage, err, "read the chain of %s", req.Of.Title())
+	r, damage, err := replica.OpenDamaged(ctx, s.store, lineage)
+	if err != nil || damage == nil {
+		return r, t, s.chainError(ctx, lineage, err, "read the chain of %s", req.Of.Title())
+	}
+	// What is below the damage can be recovered, by its number: it is not the latest. It cannot be closed.
+	points, err := r.Points(ctx)
+	switch {
+	case err != nil:
+		return nil, nil, s.chainError(ctx, lineage, err, "list the points of %s", req.Of.Title())
+	case len(points) == 0 || req.TakeOver:
+		return nil, nil, s.chainError(ctx, lineage, damage, "read the chain of %s", req.Of.Title())
+	case req.Point.GetOrdinal() == 0:
+		newest := points[len(points)-1]
+		return nil, nil, s.chainError(ctx, lineage, damage, "which point of %s is the newest cannot be said; the newest that can be read is %d of %s, to be had by `--point %d`",
+			req.Of.Title(), newest.Ordinal, newest.CutTime.UTC().Format(time.DateTime), newest.Ordinal)
+	}
+	return r, t, nil
 }
 
 // Close fences a lineage in the name of a failover, and returns the manifest. Idempotent by failover.

@@ -159,6 +159,11 @@ func TestDamage(t *testing.T) {
 	require.NoError(t, a.store.Container(journal(lineageID(2))).Delete(testkit.Context(t), "log/000000000002.json", blobstore.Conditions{}))
 	text += a.refused(broken, "--lineage", string(lineageID(2)), "--out", out("gap"))
 	a.put(journal(lineageID(4)), "log/000000000005.json", `{"v":9}`)
+	require.NoError(t, a.store.Container(journal(web.id)).Delete(testkit.Context(t), "log/000000000003.json", blobstore.Conditions{}))
+	text += a.refused(broken, "--vm", "web-01", "--lineage", string(web.id), "--out", out("latest"))
+	text += a.refused(broken, "--vm", "web-01", "--lineage", string(web.id), "--take-over", "--yes", "--point", "2", "--out", out("close"))
+	a.ok("--vm", "web-01", "--lineage", string(web.id), "--point", "2", "--out", out("below"))
+	web.requireCopy(out("below"), 2)
 	text += a.refused(newerFormat, "--lineage", string(lineageID(4)), "--out", out("newer"))
 	gone := catalogue.Record{VM: &catalogue.VM{Site: "lab", ID: guid(9), DisplayName: "gone", Lineage: string(lineageID(9))}}
 	a.record(&gone)

@@ -70,6 +70,8 @@ const (
 	StateClosed State = "closed"
 	// StateEnded: its protection ended.
 	StateEnded State = "ended"
+	// StateDamaged: a manifest of its chain is missing or wrong; the points below it can be recovered. Problem says what is wrong.
+	StateDamaged State = "damaged"
 	// StateUnreadable: its chain cannot be read; Problem says why.
 	StateUnreadable State = "unreadable"
 )
@@ -259,7 +261,7 @@ func refused(err error) bool {
 
 // name finds out whom a lineage belongs to from the configuration of its newest point that has one.
 func (s *Session) name(ctx context.Context, p *Protection) {
-	r, err := replica.Open(ctx, s.store, replica.Lineage(p.Lineage))
+	r, _, err := replica.OpenDamaged(ctx, s.store, replica.Lineage(p.Lineage))
 	if err != nil {
 		return // inspect says so
 	}
@@ -305,7 +307,7 @@ func (s *Session) inspect(ctx context.Context, p *Protection) {
 // open reads a lineage's chain and sets the protection's state.
 func (s *Session) open(ctx context.Context, p *Protection) (*replica.Replica, []replica.Point, error) {
 	lineage := replica.Lineage(p.Lineage)
-	r, err := replica.Open(ctx, s.store, lineage)
+	r, damage, err := replica.OpenDamaged(ctx, s.store, lineage)
 	if err != nil {
 		return nil, nil, s.chainError(ctx, lineage, err, "read the chain of %s", p.Title())
 	}
@@ -326,6 +328,10 @@ func (s *Session) open(ctx context.Context, p *Protection) (*replica.Replica, []
 	}
 	if p.Ended != nil && p.State == StateOpen {
 		p.State = StateEnded
+	}
+	if damage != nil {
+		p.State = StateDamaged
+		p.Problem = reasonText(s.chainError(ctx, lineage, damage, "newer points than these cannot be read"))
 	}
 	return r, points, nil
 }

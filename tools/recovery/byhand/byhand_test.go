@@ -467,10 +467,54 @@ func TestByHand(t *testing.T) {
 			require.Positive(t, res.Deleted["manifests"])
 			require.Less(t, h.verify(0), len(h.points))
 
+			if name == "azurite" {
+				h.copied()
+			}
 			h.damage()
 			t.Logf("%d runs of the script took %s, %s of processor time", h.runs, h.spent.Round(time.Millisecond), h.cpu.Round(time.Millisecond))
 		})
 	}
+}
+
+// copied downloads the containers into a folder, as docs/formats/recover-by-hand/README.md section 4 says, and recovers there.
+func (h *byHand) copied() {
+	h.t.Helper()
+	ctx := testkit.Context(h.t)
+	folder := h.t.TempDir()
+	write := func(name string, b []byte) {
+		path := filepath.Join(folder, filepath.FromSlash(name))
+		require.NoError(h.t, os.MkdirAll(filepath.Dir(path), 0o750))
+		require.NoError(h.t, os.WriteFile(path, b, 0o600))
+	}
+	pages := map[string]bool{}
+	for _, name := range []string{h.id.JournalContainer(), h.id.StagingContainer(), h.id.ReplicaContainer()} {
+		c := h.store.Container(name)
+		for p, err := range c.List(ctx, "", "") {
+			require.NoError(h.t, err)
+			at := "containers/" + name + "/" + p.Name
+			if !strings.HasPrefix(p.Name, "disks/") {
+				write(at+"@b", h.getFrom(name, p.Name))
+				continue
+			}
+			for s, err := range c.ListSnapshots(ctx, p.Name) {
+				require.NoError(h.t, err)
+				data := make([]byte, s.Size)
+				require.NoError(h.t, c.ReadPages(ctx, p.Name, s.Snapshot, 0, data))
+				write(at+"@p/snap/"+string(s.Snapshot)+"/data", data)
+				write(at+"@p/snap/"+string(s.Snapshot)+"/meta.json", fmt.Appendf(nil, `{"v":1,"size":%d,"metadata":{"seq":%q}}`, s.Size, s.Metadata["seq"]))
+				pages[p.Name] = true
+			}
+		}
+	}
+	require.Len(h.t, pages, 4, "the disks and generations")
+	write("format.json", []byte(`{"format":"landfall-dir-store","version":1}`))
+	elsewhere := *h
+	elsewhere.where = folder
+	newest := h.next - 1
+	sink := handSink{}
+	_, err := h.r.Materialise(ctx, newest, sink, replica.MaterialiseOptions{})
+	require.NoError(h.t, err)
+	elsewhere.recovered(sink, newest)
 }
 
 // older makes the first n manifests of the chain of version 1, as an old uploader wrote them, and links the others anew.
@@ -502,9 +546,11 @@ func (h *byHand) older(n replica.Seq) {
 }
 
 // get and put read and replace an object of the journal.
-func (h *byHand) get(name string) []byte {
+func (h *byHand) get(name string) []byte { return h.getFrom(h.id.JournalContainer(), name) }
+
+func (h *byHand) getFrom(container, name string) []byte {
 	h.t.Helper()
-	r, _, err := h.store.Container(h.id.JournalContainer()).Get(testkit.Context(h.t), name, 0, -1)
+	r, _, err := h.store.Container(container).Get(testkit.Context(h.t), name, 0, -1)
 	require.NoError(h.t, err)
 	defer func() { require.NoError(h.t, r.Close()) }()
 	b, err := io.ReadAll(r)
