@@ -100,12 +100,20 @@ func (d *retired) add(r *replica.RetainResult) {
 	d.hiddenBytes, d.floor, d.ranges, d.more = r.HiddenBytes, r.Floor, r.Ranges, r.More // as they are after the last step
 }
 
+// staleRetain is how long a task may wait. It says what the policy was when it was published, and that no suspicion was open and
+// no failover under way; what it deletes does not come back, and the scheduler asks again every few minutes.
+const staleRetain = 30 * time.Minute
+
 // handleRetain is the consumer of queue retain. Nothing of it is urgent and all of it can be repeated: a failure is reported
 // and the scheduler's next task tries again.
 func (s *Service) handleRetain(ctx context.Context, task *bus.Task) error {
 	var t uploaderv1.RetainTask
 	if err := decode(task, &t); err != nil {
 		return err
+	}
+	if waited := s.clock().Sub(task.Published); waited > staleRetain {
+		s.logger.WarnContext(ctx, "task to retire points came too late, the next one has what is decided now", "vm", t.GetVm(), "waited", waited)
+		return nil
 	}
 	end, ok := s.begin(work{role: RoleRetain, lineage: t.GetLineage()}, "retain "+t.GetVm())
 	if !ok {

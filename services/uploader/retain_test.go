@@ -208,3 +208,31 @@ func TestRetainRefused(t *testing.T) {
 	})
 	awaitIdle(t, s, bus.KindRetain)
 }
+
+// A task that waited while policy, suspicion or failover may have changed retires nothing; the next one does.
+func TestRetainDropsLateTasks(t *testing.T) {
+	store := aging()
+	s := newSite(t, store)
+	ahead := atomic.Int64{}
+	runAt(t, s, config(), testkit.Logger(t), func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) })
+	replicate(t, s)
+	settle := func(o uint64) {
+		s.Publish(bus.KindApply, &uploaderv1.ApplyTask{Vm: hosttest.VMName, Lineage: hosttest.Lineage, CheckpointAge: durationpb.New(0), Urgent: true})
+		hosttest.Await(s, "recovery-point.processed", processed, func(e *eventsv1.RecoveryPointProcessed) bool {
+			return e.GetPoint() == o && e.GetCheckpoint() == e.GetSequence()
+		})
+		store.wait(2 * time.Hour)
+	}
+	settle(2)
+	ship(t, s, 3, point)
+	settle(3)
+	ahead.Store(int64(time.Hour))
+	s.Publish(bus.KindRetain, hourly())
+	awaitIdle(t, s, bus.KindRetain)
+	s.Barrier()
+	require.Equal(t, []uint64{2, 3}, ordinals(t, s))
+	ahead.Store(0)
+	s.Publish(bus.KindRetain, hourly())
+	hosttest.Await(s, "recovery-points.retired", retiredEvent, func(*eventsv1.RecoveryPointsRetired) bool { return true })
+	require.Equal(t, []uint64{3}, ordinals(t, s))
+}

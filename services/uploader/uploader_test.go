@@ -59,8 +59,13 @@ func run(t *testing.T, s *hosttest.Site, c uploader.Config) (service *uploader.S
 
 func runLogged(t testing.TB, s *hosttest.Site, c uploader.Config, logger *slog.Logger) (service *uploader.Service, stop func()) {
 	t.Helper()
+	return runAt(t, s, c, logger, nil)
+}
+
+func runAt(t testing.TB, s *hosttest.Site, c uploader.Config, logger *slog.Logger, clock func() time.Time) (service *uploader.Service, stop func()) {
+	t.Helper()
 	service, err := uploader.New(c, uploader.Deps{
-		Bus: s.Connect("uploader"), Store: s.Store, Hosts: s.Hosts("uploader"), Logger: logger,
+		Bus: s.Connect("uploader"), Store: s.Store, Hosts: s.Hosts("uploader"), Logger: logger, Clock: clock,
 	})
 	require.NoError(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
