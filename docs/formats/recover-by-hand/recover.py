@@ -11,7 +11,6 @@ Written from docs/formats alone, as a second reader of the formats: it shares no
 library only; the program zstd must be there if a segment holds Zstandard frames. It only reads the store.
 """
 import argparse
-import array
 import hashlib
 import json
 import os
@@ -41,29 +40,64 @@ class Missing(Bad):
 
 # ---------------------------------------------------------------- CRC-32C
 
-def _crc_table():
-    byte = []
-    for i in range(256):
-        for _ in range(8):
-            i = (i >> 1) ^ (0x82F63B78 if i & 1 else 0)
-        byte.append(i)
-    two = array.array("L", bytes(array.array("L").itemsize * 65536))
-    for i in range(65536):  # two bytes a step
-        c = byte[i & 0xFF] ^ (i >> 8)
-        two[i] = byte[c & 0xFF] ^ (c >> 8)
-    return byte, list(two)
+POLY = 0x82F63B78  # bit 31 is x^0, as CRC-32C counts
 
 
-CRC1, CRC2 = _crc_table()
+def _crc_byte(i):
+    for _ in range(8):
+        i = (i >> 1) ^ (POLY if i & 1 else 0)
+    return i
+
+
+CRC = [_crc_byte(i) for i in range(256)]
+POWERS = {}  # of x, by number of bits
+
+
+def _mul(a, b):
+    """a times b modulo the polynomial."""
+    r, m = 0, 1 << 31
+    while a:
+        if a & m:
+            r ^= b
+            a ^= m
+        m >>= 1
+        b = (b >> 1) ^ (POLY if b & 1 else 0)
+    return r
+
+
+def _power(bits):
+    if bits not in POWERS:
+        r, sq, n = 1 << 31, 1 << 30, bits
+        while n:
+            if n & 1:
+                r = _mul(sq, r)
+            sq = _mul(sq, sq)
+            n >>= 1
+        POWERS[bits] = r
+    return POWERS[bits]
 
 
 def crc32c(data):
-    crc, two = 0xFFFFFFFF, CRC2
-    n = len(data) // 2
-    for w in struct.unpack("<%dH" % n, data[:2 * n]):
-        crc = two[(crc ^ w) & 0xFFFF] ^ (crc >> 16)
-    if len(data) & 1:
-        crc = CRC1[(crc ^ data[-1]) & 0xFF] ^ (crc >> 8)
+    """CRC-32C. Long data is first folded in halves: front * x^len(back) + back has the same rest as the whole, and
+    times x^len modulo the polynomial is a few shifts of one long integer, which Python does fast."""
+    n, crc = len(data), 0xFFFFFFFF
+    if n > 512:
+        m, crc = int.from_bytes(data, "little") ^ 0xFFFFFFFF, 0
+        while n > 256:
+            half = 1 << ((n - 9).bit_length() - 1)  # so that n - back <= half
+            back = half + 8
+            front = n - back
+            low, times = m & ((1 << 8 * front) - 1), _power(8 * back)
+            m >>= 8 * front
+            gap = 8 * (back - front) - 31
+            while times:
+                bit = times & -times
+                m ^= low << (gap + bit.bit_length() - 1)
+                times ^= bit
+            n = back
+        data = m.to_bytes(n, "little")
+    for b in data:
+        crc = CRC[(crc ^ b) & 0xFF] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
 
 
