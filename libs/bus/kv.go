@@ -38,6 +38,7 @@ type KV[T proto.Message] struct {
 	b      *Bus
 	bucket string
 	kv     jetstream.KeyValue
+	stream jetstream.Stream // the one that keeps the bucket
 }
 
 // Entry is one record.
@@ -56,7 +57,11 @@ func OpenKV[T proto.Message](ctx context.Context, b *Bus, bucket string) (*KV[T]
 	} else if err != nil {
 		return nil, fmt.Errorf("open bucket %s: %w", bucket, err)
 	}
-	return &KV[T]{b: b, bucket: bucket, kv: kv}, nil
+	stream, err := b.js.Stream(ctx, "KV_"+bucketPrefix+bucket)
+	if err != nil {
+		return nil, fmt.Errorf("open bucket %s: %w", bucket, err)
+	}
+	return &KV[T]{b: b, bucket: bucket, kv: kv, stream: stream}, nil
 }
 
 // Key joins parts to a key with dots. Bytes that a key cannot hold, and dots
@@ -357,13 +362,17 @@ func (k *KV[T]) mutate(ctx context.Context, key string, change func(T) error, cr
 func (k *KV[T]) List(ctx context.Context, filter string) ([]Entry[T], error) {
 	found := map[string]Entry[T]{}
 	err := k.scan(ctx, filter, func(e jetstream.KeyValueEntry) error {
+		if e.Operation() != jetstream.KeyValuePut {
+			delete(found, e.Key())
+			return nil
+		}
 		entry, err := k.entry(e)
 		if err != nil {
 			return err
 		}
 		found[e.Key()] = entry // a key written during the scan comes twice: the later one counts
 		return nil
-	}, jetstream.IgnoreDeletes())
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list %s: %w", k.bucket, err)
 	}
@@ -382,9 +391,13 @@ func (k *KV[T]) List(ctx context.Context, filter string) ([]Entry[T], error) {
 func (k *KV[T]) Keys(ctx context.Context, filter string) ([]string, error) {
 	found := map[string]struct{}{}
 	err := k.scan(ctx, filter, func(e jetstream.KeyValueEntry) error {
+		if e.Operation() != jetstream.KeyValuePut {
+			delete(found, e.Key())
+			return nil
+		}
 		found[e.Key()] = struct{}{}
 		return nil
-	}, jetstream.IgnoreDeletes(), jetstream.MetaOnly())
+	}, jetstream.MetaOnly())
 	if err != nil {
 		return nil, fmt.Errorf("list keys of %s: %w", k.bucket, err)
 	}
@@ -403,20 +416,28 @@ func (k *KV[T]) scan(ctx context.Context, filter string, each func(jetstream.Key
 		return err
 	}
 	defer func() { _ = w.Stop() }()
+	all := k.wholeness(filter)
+	defer all.stop()
 	for {
 		select {
 		case e, ok := <-w.Updates():
 			if !ok {
 				return errors.New("the watch ended early")
 			}
-			if e == nil {
+			if e != nil {
+				if err := each(e); err != nil {
+					return err
+				}
+			}
+			if all.seen(ctx, e) {
 				return nil
 			}
-			if err := each(e); err != nil {
-				return err
+		case <-all.again():
+			if all.ask(ctx) {
+				return nil
 			}
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return errors.Join(context.Cause(ctx), all.err)
 		}
 	}
 }

@@ -274,3 +274,60 @@ func timeAfter(d time.Duration) func(context.Context) (bool, error) {
 	begin := time.Now()
 	return func(context.Context) (bool, error) { return time.Since(begin) >= d, nil }
 }
+
+// A list has every record that there was all the time, also one that is being rewritten: the server then announces the end
+// too early now and then.
+func TestKVListWhileRewritten(t *testing.T) {
+	b, ctx := open(t), testkit.Context(t)
+	kv := bucket(t, b)
+	want := []string{"a", "b", "c", "rewritten"}
+	for _, key := range want {
+		_, err := kv.Create(ctx, key, wrapperspb.String("x"))
+		require.NoError(t, err)
+	}
+	rev, err := kv.Create(ctx, "deleted", wrapperspb.String("x"))
+	require.NoError(t, err)
+	require.NoError(t, kv.Delete(ctx, "deleted", rev))
+	stop := make(chan struct{})
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if _, _, err := kv.Mutate(ctx, "rewritten", func(v *text) error { v.Value = fmt.Sprint(n); return nil }); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	defer writing.Wait()
+	defer close(stop)
+	keysOf := func(list []bus.Entry[*text]) (keys []string) {
+		for _, e := range list {
+			keys = append(keys, e.Key)
+		}
+		return keys
+	}
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); {
+		list, err := kv.List(ctx, "")
+		require.NoError(t, err)
+		require.Equal(t, want, keysOf(list))
+		keys, err := kv.Keys(ctx, "")
+		require.NoError(t, err)
+		require.Equal(t, want, keys)
+		seen := map[string]bool{}
+		for u, err := range kv.Watch(ctx, "") {
+			require.NoError(t, err)
+			if u.Kind == bus.Current {
+				break
+			}
+			if u.Kind == bus.Put {
+				seen[u.Key] = true
+			}
+		}
+		require.Len(t, seen, len(want))
+	}
+}

@@ -42,7 +42,9 @@ func (k *KV[T]) Watch(ctx context.Context, filter string) iter.Seq2[Update[T], e
 // watch returns nil if yield wants no more.
 func (k *KV[T]) watch(ctx context.Context, filter string, yield func(Update[T]) bool) error {
 	var last uint64
-	current, started := false, false
+	started := false
+	current := k.wholeness(filter)
+	defer current.stop()
 	wait := reconnectFirst
 	for {
 		again := k.b.nextReconnect()
@@ -67,7 +69,8 @@ func (k *KV[T]) watch(ctx context.Context, filter string, yield func(Update[T]) 
 			continue
 		}
 		started, wait = true, reconnectFirst
-		more, err := k.drain(ctx, w, again, &last, &current, yield)
+		current.restart()
+		more, err := k.drain(ctx, w, again, &last, current, yield)
 		_ = w.Stop()
 		if err != nil || !more {
 			return err
@@ -78,43 +81,46 @@ func (k *KV[T]) watch(ctx context.Context, filter string, yield func(Update[T]) 
 // drain passes on what w brings until the connection was renewed, which leaves w
 // without a server for a while.
 func (k *KV[T]) drain(
-	ctx context.Context, w jetstream.KeyWatcher, again <-chan struct{}, last *uint64, current *bool, yield func(Update[T]) bool,
+	ctx context.Context, w jetstream.KeyWatcher, again <-chan struct{}, last *uint64, current *wholeness, yield func(Update[T]) bool,
 ) (more bool, err error) {
 	for {
+		whole := false
 		select {
 		case e, ok := <-w.Updates():
-			switch {
-			case !ok:
+			if !ok {
 				return true, nil
-			case e == nil:
-				if !*current {
-					*current = true
-					if !yield(Update[T]{Kind: Current}) {
-						return false, nil
-					}
+			}
+			if e != nil && e.Revision() > *last {
+				if more, err := k.pass(e, last, current.whole, yield); !more || err != nil {
+					return false, err
 				}
-				continue
-			case e.Revision() <= *last:
-				continue
 			}
-			entry, err := k.entry(e)
-			if err != nil {
-				return false, err
-			}
-			kind := Put
-			if e.Operation() != jetstream.KeyValuePut {
-				kind = Deleted
-			}
-			if *current { // before that, a restart must begin afresh: keys come in no promised order
-				*last = e.Revision()
-			}
-			if !yield(Update[T]{Kind: kind, Entry: entry}) {
-				return false, nil
-			}
+			whole = current.seen(ctx, e)
+		case <-current.again():
+			whole = current.ask(ctx)
 		case <-again:
 			return true, nil
 		case <-ctx.Done():
 			return false, context.Cause(ctx)
 		}
+		if whole && !yield(Update[T]{Kind: Current}) {
+			return false, nil
+		}
 	}
+}
+
+// pass yields one entry. current says that everything that existed at the start has been yielded.
+func (k *KV[T]) pass(e jetstream.KeyValueEntry, last *uint64, current bool, yield func(Update[T]) bool) (more bool, err error) {
+	entry, err := k.entry(e)
+	if err != nil {
+		return false, err
+	}
+	kind := Put
+	if e.Operation() != jetstream.KeyValuePut {
+		kind = Deleted
+	}
+	if current { // before that, a restart must begin afresh: keys come in no promised order
+		*last = e.Revision()
+	}
+	return yield(Update[T]{Kind: kind, Entry: entry}), nil
 }
