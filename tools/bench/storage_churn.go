@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -95,6 +96,7 @@ func (s *site) churn(ctx context.Context, t churnTask) (*churnResult, error) {
 		if err != nil {
 			return out, fmt.Errorf("rate %.0f: %w", rate, err)
 		}
+		fmt.Fprintf(os.Stderr, "at %.0f bytes/s: %+v\n", rate, r) // what is known already, for the error of a row that takes too long
 		out.Rates = append(out.Rates, r)
 	}
 	return out, nil
