@@ -48,6 +48,7 @@ type lab struct {
 
 	protection schedulerv1.ProtectionServiceClient
 	policies   schedulerv1.PolicyServiceClient
+	sites      schedulerv1.SiteServiceClient
 	jobs       schedulerv1.JobServiceClient
 	events     schedulerv1.EventServiceClient
 	stop       func()
@@ -126,6 +127,7 @@ func (l *lab) start(cfg scheduler.Config) (stop func()) {
 		conn, err := l.Dialer(pki.UserIdentity("ada", pki.RoleAdmin)).Conn("mem:" + name)
 		require.NoError(l.t, err)
 		l.protection, l.policies = schedulerv1.NewProtectionServiceClient(conn), schedulerv1.NewPolicyServiceClient(conn)
+		l.sites = schedulerv1.NewSiteServiceClient(conn)
 		l.jobs, l.events = schedulerv1.NewJobServiceClient(conn), schedulerv1.NewEventServiceClient(conn)
 	}
 	_, err = l.policies.ListPolicies(testkit.Context(l.t), &schedulerv1.ListPoliciesRequest{}, grpc.WaitForReady(true))

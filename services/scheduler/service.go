@@ -91,10 +91,11 @@ func New(ctx context.Context, cfg Config, deps Deps) (*Service, error) {
 	return s, nil
 }
 
-// Register adds the four gRPC services to a server.
+// Register adds the five gRPC services to a server.
 func (s *Service) Register(r grpc.ServiceRegistrar) {
 	schedulerv1.RegisterProtectionServiceServer(r, &protectionServer{Service: s})
 	schedulerv1.RegisterPolicyServiceServer(r, &policyServer{Service: s})
+	schedulerv1.RegisterSiteServiceServer(r, &siteServer{Service: s})
 	schedulerv1.RegisterJobServiceServer(r, &jobServer{Service: s})
 	schedulerv1.RegisterEventServiceServer(r, &eventServer{Service: s})
 }

@@ -13,11 +13,12 @@ import (
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
 
-// store is the state behind the service: its own buckets vms, policies and its jobs; hosts and failovers belong to
+// store is the state behind the service: its own buckets vms, policies, sites and its jobs; hosts and failovers belong to
 // others and are only read.
 type store struct {
 	vms       *bus.KV[*schedulerv1.ProtectedVm]
 	policies  *bus.KV[*schedulerv1.Policy]
+	sites     *bus.KV[*schedulerv1.SiteBandwidth]
 	jobs      *bus.KV[*typesv1.Job]
 	hosts     *bus.KV[*hostproviderv1.Host]
 	failovers *bus.KV[*failoverorchestratorv1.Failover]
@@ -30,6 +31,9 @@ func openStore(ctx context.Context, b *bus.Bus) (*store, error) {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
 	if s.policies, err = bus.OpenKV[*schedulerv1.Policy](ctx, b, bus.BucketPolicies); err != nil {
+		return nil, fmt.Errorf("open state: %w", err)
+	}
+	if s.sites, err = bus.OpenKV[*schedulerv1.SiteBandwidth](ctx, b, bus.BucketSites); err != nil {
 		return nil, fmt.Errorf("open state: %w", err)
 	}
 	if s.jobs, err = bus.OpenKV[*typesv1.Job](ctx, b, bus.BucketJobs); err != nil {
