@@ -353,7 +353,7 @@ func (h *byHand) verify(from replica.Ordinal) (journalOnly int) {
 		sink := handSink{}
 		m, err := h.r.Materialise(testkit.Context(h.t), w.Ordinal, sink, replica.MaterialiseOptions{})
 		require.NoError(h.t, err)
-		require.Equal(h.t, len(h.points[w.Ordinal]), len(m.Disks))
+		require.Len(h.t, m.Disks, len(h.points[w.Ordinal]))
 		h.recovered(sink, w.Ordinal)
 		switch {
 		case points[i].JournalOnly && w.Ordinal%4 == 0:
@@ -387,7 +387,7 @@ func (h *byHand) recovered(want handSink, o replica.Ordinal, flags ...string) {
 		require.NoError(h.t, err)
 		require.Len(h.t, got, int(size)+512)
 		require.True(h.t, bytes.Equal(b, got[:len(b)]), "by hand: disk %s of point %d", id, o)
-		require.Zero(h.t, len(bytes.Trim(got[len(b):size], "\x00")))
+		require.Empty(h.t, bytes.Trim(got[len(b):size], "\x00"), "padding")
 		f, err := vdisk.ParseFooter(got[size:])
 		require.NoError(h.t, err)
 		ours, err := vdisk.NewFooter(size, f.UniqueID, f.Created)
