@@ -75,7 +75,7 @@ func TestHelp(t *testing.T) {
 	var b strings.Builder
 	help(t, &b)
 	for _, c := range []string{"up", "hosts", "vms show", "protect", "unprotect", "status", "points", "points list", "points hold", "points release", "points clear-suspicion", "pause", "resume", "resync", "failover test",
-		"failover cleanup", "failover list", "policy get", "policy apply", "policy delete", "jobs show", "events", "hrl inspect", "disk info", "disk map",
+		"failover cleanup", "failover list", "policy get", "policy apply", "policy delete", "bandwidth get", "bandwidth set", "bandwidth clear", "jobs show", "events", "hrl inspect", "disk info", "disk map",
 		"disk convert", "disk compare", "version"} {
 		require.Contains(t, b.String(), "$ landfall "+c+" --help\n")
 	}
@@ -89,7 +89,7 @@ func TestWrongUsage(t *testing.T) {
 	for _, args := range [][]string{
 		{"frobnicate"}, {"failover"}, {"failover", "frobnicate"}, {"protect"}, {"protect", "a", "b"}, {"protect", "a", "--frob"}, {"points", "a", "--limit", "many"},
 		{"failover", "test", "a"}, {"failover", "test", "a", "--out", "x", "--point", "yesterday"}, {"failover", "test", "a", "--out", "x", "--point", "0"},
-		{"failover", "test", "a", "--out", "x", "--target", "azure"}, {"failover", "cleanup"}, {"policy", "apply"}, {"up"}, {"up", "here"}, {"up", "--images", "a", "--qemu", "b"}, {"up", "--images", "a", "--qemu-scratch", "b"},
+		{"failover", "test", "a", "--out", "x", "--target", "azure"}, {"failover", "cleanup"}, {"policy", "apply"}, {"bandwidth"}, {"bandwidth", "set"}, {"bandwidth", "set", "--limit", "fast"}, {"bandwidth", "set", "--limit", "1MiB/s", "-f", "x"}, {"up"}, {"up", "here"}, {"up", "--images", "a", "--qemu", "b"}, {"up", "--images", "a", "--qemu-scratch", "b"},
 		{"vms", "-o", "xml"}, {"disk", "info"}, {"hrl", "inspect"},
 	} {
 		code, out, errOut := run(t, state, args...)

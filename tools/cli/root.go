@@ -104,7 +104,7 @@ Then:        landfall vms                  (what can be protected)
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		a.upCommand(), a.hostsCommand(), a.vmsCommand(), a.protectCommand(), a.unprotectCommand(), a.statusCommand(),
-		a.pointsCommand(), a.pauseCommand(), a.resumeCommand(), a.resyncCommand(), a.failoverCommand(), a.recoverCommand(), a.policyCommand(), a.planCommand(),
+		a.pointsCommand(), a.pauseCommand(), a.resumeCommand(), a.resyncCommand(), a.failoverCommand(), a.recoverCommand(), a.policyCommand(), a.bandwidthCommand(), a.planCommand(),
 		a.jobsCommand(), a.eventsCommand(), a.hrlCommand(), a.diskCommand(), a.storageCommand(), a.certificatesCommand(), a.versionCommand(),
 	)
 	wrapArgs(root)
