@@ -2,6 +2,7 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -72,6 +73,25 @@ type baseDisk struct {
 	c    blobstore.Container
 	name string
 	snap blobstore.SnapshotID
+	r    *Replica // to look at the record when the snapshot is gone
+	seq  Seq      // of its checkpoint
+}
+
+// failed says why the snapshot could not be read: when retention has given its checkpoint up since it was found, that is no
+// damage. Whoever reads without a pin may be that late.
+func (b *baseDisk) failed(ctx context.Context, what string, err error) error {
+	err = fmt.Errorf("%s of %s: %w", what, b.name, err)
+	if !errors.Is(err, blobstore.ErrNotFound) || errors.Is(err, blobstore.ErrNoContainer) {
+		return err
+	}
+	ret, _, rerr := b.r.readRetention(ctx)
+	switch {
+	case rerr != nil:
+		return fmt.Errorf("checkpoint %d is missing, and whether it was given up is not known: %w", b.seq, rerr)
+	case ret.givesUpCheckpoint(b.seq):
+		return fmt.Errorf("checkpoint %d was given up meanwhile: %w", b.seq, ErrNotReachable)
+	}
+	return err
 }
 
 // run copies what m says within a range, by up to parallel workers; with 1 it starts no goroutine.
@@ -162,7 +182,7 @@ func (w *worker) item(ctx context.Context, it extent.Item[piece]) error {
 func (w *worker) load(ctx context.Context, seg int32, off, pos int64, p []byte) error {
 	if seg == pieceBase {
 		if err := w.base.c.ReadPages(ctx, w.base.name, w.base.snap, off, p); err != nil {
-			return fmt.Errorf("read snapshot of %s: %w", w.base.name, err)
+			return w.base.failed(ctx, "read snapshot", err)
 		}
 		return nil
 	}

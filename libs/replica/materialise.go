@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync/atomic"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/landfall-dr/landfall/libs/blobstore"
 	"github.com/landfall-dr/landfall/libs/extent"
 )
@@ -186,7 +188,7 @@ func (r *Replica) basis(ctx context.Context, s *Source, seq Seq) (ret *Retention
 		}
 		i := slices.IndexFunc(c.Disks, func(d CheckpointDisk) bool { return d.ID == s.d.ID && d.Gen == s.d.Gen })
 		if i >= 0 {
-			s.base = &baseDisk{c: r.replica, name: DiskBlobName(s.d.ID, s.d.Gen), snap: c.Disks[i].Snapshot}
+			s.base = &baseDisk{c: r.replica, name: DiskBlobName(s.d.ID, s.d.Gen), snap: c.Disks[i].Snapshot, r: r, seq: c.Seq}
 			s.checkpoint = c.Seq
 			break
 		}
@@ -241,7 +243,7 @@ func (b *baseDisk) read(ctx context.Context, p []byte, off int64) error {
 	for len(p) > 0 {
 		n := min(len(p), blobstore.MaxPageWrite)
 		if err := b.c.ReadPages(ctx, b.name, b.snap, off, p[:n]); err != nil {
-			return fmt.Errorf("read snapshot of %s: %w", b.name, err)
+			return b.failed(ctx, "read snapshot", err)
 		}
 		p, off = p[n:], off+int64(n)
 	}
@@ -316,7 +318,7 @@ func (s *Source) window(ctx context.Context, w extent.Range) (*extent.Map[piece]
 	if s.base != nil {
 		for pr, err := range s.base.c.PageRanges(ctx, s.base.name, s.base.snap, w.Off, w.Len) {
 			if err != nil {
-				return nil, fmt.Errorf("page ranges of %s: %w", s.base.name, err)
+				return nil, s.base.failed(ctx, "page ranges", err)
 			}
 			m.Put(extent.Range{Off: pr.Offset, Len: pr.Length}.Intersect(w), piece{seg: pieceBase})
 		}
@@ -327,17 +329,60 @@ func (s *Source) window(ctx context.Context, w extent.Range) (*extent.Map[piece]
 	return &m, nil
 }
 
-// copyTo writes what is not zero to t.
+// copyTo writes what is not zero to t. Workers take units of work over the borders of windows: the end of one is not waited
+// for, and the page ranges of the next are asked for meanwhile. No more windows are in memory than have units in work.
 func (s *Source) copyTo(ctx context.Context, t target, parallel int) error {
 	c := copier{o: &s.o, base: s.base, t: t}
-	for w := range windows(wholeDisk(s.d)) {
-		m, err := s.window(ctx, w)
-		if err != nil {
-			return err
+	if parallel <= 1 {
+		for w := range windows(wholeDisk(s.d)) {
+			m, err := s.window(ctx, w)
+			if err != nil {
+				return err
+			}
+			if err := c.run(ctx, m, w, 1); err != nil {
+				return err
+			}
 		}
-		if err := c.run(ctx, m, w, parallel); err != nil {
-			return err
-		}
+		return nil
 	}
-	return nil
+	type job struct {
+		m *extent.Map[piece]
+		u extent.Range
+	}
+	jobs := make(chan job)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer close(jobs)
+		for w := range windows(wholeDisk(s.d)) {
+			m, err := s.window(ctx, w)
+			if err != nil {
+				return err
+			}
+			for _, u := range units(m, w) {
+				select {
+				case jobs <- job{m, u}:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+		}
+		return nil
+	})
+	for range parallel {
+		g.Go(func() error {
+			j, ok := <-jobs
+			if !ok {
+				return nil // there was less to do than workers to do it
+			}
+			w, done := c.worker()
+			defer done()
+			for ; ok; j, ok = <-jobs {
+				if err := w.unit(ctx, j.m, j.u); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
 }

@@ -309,12 +309,16 @@ func (s *sweeper) maps(ctx context.Context) error {
 }
 
 // configs deletes configurations that no manifest of the chain names, when a point was committed long after they were
-// stored.
+// stored. The chain is read again: an old configuration may have come back into use since the plan was made.
 func (s *sweeper) configs(ctx context.Context) error {
+	_, entries, err := s.r.snapshotChain(ctx)
+	if err != nil {
+		return err
+	}
 	named := map[string]bool{}
 	var newest time.Time
-	for i := range s.p.entries {
-		e := &s.p.entries[i]
+	for i := range entries {
+		e := &entries[i]
 		if s.p.next.Retires(e.Seq) {
 			continue
 		}
@@ -324,7 +328,7 @@ func (s *sweeper) configs(ctx context.Context) error {
 		}
 	}
 	b := &batch{s: s, c: s.r.journal, kind: sweptConfigs}
-	err := list(ctx, b.c, configPrefix, func(p blobstore.Properties) (bool, error) {
+	err = list(ctx, b.c, configPrefix, func(p blobstore.Properties) (bool, error) {
 		id := strings.TrimSuffix(strings.TrimPrefix(p.Name, configPrefix), jsonSuffix)
 		if !isHex(id, 64) || named[id] || newest.Sub(p.LastModified) < configAge {
 			return false, nil
