@@ -1,6 +1,7 @@
 package failoverorchestrator_test
 
 import (
+	"bytes"
 	"path/filepath"
 	"testing"
 	"time"
@@ -17,14 +18,22 @@ import (
 // age makes all points but the newest too old for the policy of retire: two newer ones come, and a checkpoint.
 func (g *rig) age() {
 	g.t.Helper()
-	ctx := testkit.Context(g.t)
-	r, err := replica.Open(ctx, g.store, lineage)
+	r, err := replica.Open(testkit.Context(g.t), g.store, lineage)
 	require.NoError(g.t, err)
 	for n := replica.Ordinal(5); n < 7; n++ {
 		g.store.Advance(time.Hour)
 		testkit.Fill(g.now["os"][:64<<10], uint64(n))
 		g.commit(r, g.config, replica.KindPoint, n, n-1, g.now, change{"os", 0, 64 << 10})
 	}
+	g.checkpoint()
+}
+
+// checkpoint applies the chain and marks its head.
+func (g *rig) checkpoint() {
+	g.t.Helper()
+	ctx := testkit.Context(g.t)
+	r, err := replica.Open(ctx, g.store, lineage)
+	require.NoError(g.t, err)
 	a, err := replica.NewApplier(r, replica.ApplierOptions{Footer: func(_ string, size int64) []byte {
 		f, err := vdisk.NewFooter(size, uuid.Nil, time.Unix(1e9, 0))
 		require.NoError(g.t, err)
@@ -162,4 +171,24 @@ func TestHoldIsRenewed(t *testing.T) {
 	g.test(request(filepath.Join(t.TempDir(), "drill"), ordinal(3)))
 	g.await(ready)
 	require.Empty(t, g.pins())
+}
+
+// A point that is opened again is read from what its new pin keeps, not from what an earlier session had open.
+func TestReopenedPointAfterRetention(t *testing.T) {
+	g := newPointRig(t)
+	read := func(session string) {
+		t.Helper()
+		have, err := g.read(session, "os", 0, 1<<20)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(g.points[4]["os"][:1<<20], have))
+	}
+	first, _ := g.openPoint("4")
+	read(first)
+	g.checkpoint()
+	g.age() // nobody closed the session, and its pin ends
+	g.past.Add(int64(2 * time.Hour))
+	second, _ := g.openPoint("4")
+	require.NoError(t, g.retire())
+	require.False(t, g.has(2))
+	read(second)
 }

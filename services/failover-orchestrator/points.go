@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -144,7 +145,7 @@ func (ps *pointSessions) chosen(ctx context.Context, rep *replica.Replica, title
 
 // isSession says whether a pin is that of an opened point: "restore/<session>".
 func isSession(p replica.Pin) bool {
-	return len(p.Owner) > len(restorePrefix) && p.Owner[:len(restorePrefix)] == restorePrefix
+	return strings.HasPrefix(p.Owner, restorePrefix)
 }
 
 // parseSelector reads a point as the API has it.

@@ -2,6 +2,7 @@ package failoverorchestrator
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -116,12 +117,32 @@ func within(d replica.DiskState, off, length int64) error {
 	return nil
 }
 
-// with runs do with an open disk, while fewer than the bound do.
+// with runs do with an open disk, while fewer than the bound do. A disk may have been opened for an earlier pin, from a
+// checkpoint that nothing keeps any more: then it is opened anew, once.
 func (r *PointReader) with(ctx context.Context, rep *replica.Replica, seq replica.Seq, disk string, do func(*replica.Source) error) error {
-	o, err := r.get(ctx, rep, sourceKey{rep.Lineage(), seq, disk})
+	key := sourceKey{rep.Lineage(), seq, disk}
+	o, err := r.get(ctx, rep, key)
 	if err != nil {
 		return err
 	}
+	if err = r.use(ctx, o, do); !errors.Is(err, replica.ErrNotReachable) {
+		return err
+	}
+	r.mu.Lock()
+	if r.open[key] == o {
+		delete(r.open, key)
+	}
+	r.mu.Unlock()
+	if _, err := rep.Refresh(ctx); err != nil { // with what retention has given up since
+		return chainError(err, "read the chain")
+	}
+	if o, err = r.get(ctx, rep, key); err != nil {
+		return err
+	}
+	return r.use(ctx, o, do)
+}
+
+func (r *PointReader) use(ctx context.Context, o *openSource, do func(*replica.Source) error) error {
 	for _, s := range []*semaphore.Weighted{o.reads, r.reads} {
 		if err := s.Acquire(ctx, 1); err != nil {
 			return err
