@@ -38,6 +38,10 @@ class Missing(Bad):
         super().__init__(obj, "not there")
 
 
+class WrongLink(Bad):
+    """A manifest's prev is not the hash of the one below."""
+
+
 # ---------------------------------------------------------------- CRC-32C
 
 POLY = 0x82F63B78  # bit 31 is x^0, as CRC-32C counts
@@ -326,7 +330,7 @@ class Lineage:
             if m and not self.gone(int(m.group(1))):
                 found.add(int(m.group(1)))
         self.head = max(found, default=self.retired[-1][1] if self.retired else 0)
-        self.manifests, self.first = {}, {}
+        self.manifests, self.first, self.damage = {}, {}, ""
         prev, epoch, seq = "", 0, 1
         while seq <= self.head:
             cut = self.gone(seq)
@@ -336,24 +340,38 @@ class Lineage:
                 for d in a.get("disks") or []:
                     self.first.setdefault((d["id"], d["gen"]), d["first"])
                 continue
-            name = "log/%012d.json" % seq
-            obj = self.j + "/" + name
-            if seq not in found:
-                raise Bad(obj, "the chain has a gap: manifest %d is there, this one is not" % self.head)
-            raw = self.store.get(self.j, name)
-            m = parse(obj, raw, (1, 2), MANIFEST)if not b'"signals"' in raw else parse(obj, raw, (2,), MANIFEST + " signals")
-            if m.get("lineage") != self.id or m.get("seq") != seq:
-                raise Bad(obj, "it is manifest %s of lineage %s" % (m.get("seq"), m.get("lineage")))
-            if m.get("prev", "") != prev:
-                raise Bad(obj, "prev is not the hash of the manifest below")
-            if m["epoch"] < epoch:
-                raise Bad(obj, "the epoch falls")
-            if m["kind"] not in ("base", "point", "partial", "rewind", "close", "open"):
-                raise Bad(obj, "unknown kind %r" % m["kind"])
+            try:
+                m, sha = self._manifest(seq, prev, epoch, seq in found)
+            except Bad as e:  # what is below can be read all the same
+                self.damage = str(e)
+                self.head = seq - 1
+                if isinstance(e, WrongLink) and self.head in self.manifests:  # that one or this one was changed
+                    del self.manifests[self.head]
+                    self.head -= 1
+                return
             for d in m.get("disks") or []:
                 self.first.setdefault((d["id"], d["gen"]), seq)
             self.manifests[seq] = m
-            prev, epoch, seq = hashlib.sha256(raw).hexdigest(), m["epoch"], seq + 1
+            prev, epoch, seq = sha, m["epoch"], seq + 1
+
+    def _manifest(self, seq, prev, epoch, there):
+        name = "log/%012d.json" % seq
+        obj = self.j + "/" + name
+        if not there:
+            raise Bad(obj, "the chain has a gap: manifest %d is there, this one is not" % self.head)
+        raw = self.store.get(self.j, name)
+        m = parse(obj, raw, (1, 2), MANIFEST + " signals")
+        if m["v"] == 1 and "signals" in m:
+            raise Bad(obj, "unknown fields signals")
+        if m.get("lineage") != self.id or m.get("seq") != seq:
+            raise Bad(obj, "it is manifest %s of lineage %s" % (m.get("seq"), m.get("lineage")))
+        if m.get("prev", "") != prev:
+            raise WrongLink(obj, "prev is not the hash of the manifest below")
+        if m["epoch"] < epoch:
+            raise Bad(obj, "the epoch falls")
+        if m["kind"] not in ("base", "point", "partial", "rewind", "close", "open"):
+            raise Bad(obj, "unknown kind %r" % m["kind"])
+        return m, hashlib.sha256(raw).hexdigest()
 
     def _checkpoints(self):
         self.checkpoints = {}
@@ -655,6 +673,8 @@ def replay(lin, disk, lo, upto, f):
 
 def recover(lin, ordinal, out, raw, journal_only):
     found = [m for m in lin.manifests.values() if m["kind"] in ("base", "point") and m["point"] == ordinal]
+    if lin.damage:
+        print("recover.py: warning: only manifests 1 to %d can be read: %s" % (lin.head, lin.damage), file=sys.stderr)
     if not found:
         raise Bad("point %d" % ordinal, "not in the chain of lineage %s" % lin.id)
     m = found[0]
@@ -704,6 +724,8 @@ def survey(store, as_json):
         try:
             lin = Lineage(store, c[4:])
             points = lin.points()
+            if lin.damage:
+                entry["error"], failed = lin.damage, True
             entry["head"], entry["vm"], entry["vm_id"] = lin.head, "", ""
             if points:
                 cfg = lin.config(points[-1])
@@ -724,7 +746,7 @@ def survey(store, as_json):
                 print("  point %-8d %s  %-5s  %s" % (p["point"], p["cut_time"], p["consistency"],
                                                      " ".join("%s=%d" % (d["id"], d["size"]) for d in p["disks"])))
             if "error" in e:
-                print("  CANNOT BE READ: " + e["error"])
+                print("  DAMAGED, what is above cannot be read: " + e["error"])
     if failed:
         raise SystemExit(1)
 

@@ -609,6 +609,14 @@ func (h *byHand) damage() {
 	refused(h.id.JournalContainer()+"/"+log, "prev")
 	require.NoError(h.t, journal.Delete(ctx, below, blobstore.Conditions{}))
 	refused(h.id.JournalContainer()+"/"+below, "gap")
+	lower := newest - 2
+	folder := h.t.TempDir()
+	_, errs, err := h.script(string(h.id), fmt.Sprint(lower), folder)
+	require.NoError(h.t, err, "points below the damage can be read: %s", errs)
+	require.Contains(h.t, errs, "gap")
+	got, err := os.ReadFile(filepath.Join(folder, "os.vhd"))
+	require.NoError(h.t, err)
+	require.True(h.t, bytes.Equal(h.points[lower]["os"], got[:len(h.points[lower]["os"])]))
 	h.put(below, intact)
 	h.put(log, manifest)
 
@@ -618,7 +626,7 @@ func (h *byHand) damage() {
 		require.NoError(h.t, err)
 		require.NoError(h.t, replicas.Delete(ctx, p.Name, blobstore.Conditions{}))
 	}
-	_, errs, err := h.script(string(h.id), strconv.Itoa(int(newest)), h.t.TempDir())
+	_, errs, err = h.script(string(h.id), strconv.Itoa(int(newest)), h.t.TempDir())
 	require.Error(h.t, err)
 	require.Contains(h.t, errs, "disks/os/g0001.vhd snapshot")
 }
