@@ -49,7 +49,7 @@ A machine whose name is that of a subcommand is reached by "points list NAME", o
 			Use: "list VM", Short: "The same as points VM, for any name", Args: cobra.ExactArgs(1), RunE: list,
 			Example: "  landfall points list open",
 		}),
-		a.pointsHoldCommand(), a.pointsReleaseCommand(), a.pointsClearCommand(),
+		a.pointsHoldCommand(), a.pointsReleaseCommand(), a.pointsClearCommand(), a.pointsOpenCommand(),
 	)
 	return c
 }
