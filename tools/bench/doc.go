@@ -16,6 +16,15 @@
 // QEMU counts in them, and the guest's own work is part of it: so its writer rests
 // where it is not what is measured.
 //
+// Rows whose names begin with st- store in a storage account: libs/blobstore/azurefake
+// as a sink with the limits of a link or of a page blob, or Azurite. Each side is a
+// process of its own, this program started again as a worker: the sink; the site, with
+// a change-tracker, the event server and the uploader's role ship; the applier; the
+// restorer. The product ships segments into the journal (that is when a point is
+// received) and applies them to the page blob afterwards, both are reported; azcopy
+// (tools/bench/azcopy) writes the page blob at once. Result and source are compared by
+// the sink's digest of a page blob whose pages were written once, else byte for byte.
+//
 // Wall times of a busy machine say little: compare ratios within one report.
 // Processor time, bytes and memory are the firm figures. Memory is measured on
 // Linux only, and is reported as absent elsewhere.

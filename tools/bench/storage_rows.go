@@ -252,7 +252,7 @@ func sustainedChurn(_ context.Context, o *Options) ([]subject, error) {
 			at := fmt.Sprintf("at %.0f MB/s: ", rates[i]/1e6)
 			T := cycle.Seconds()
 			bound := T + rates[i]*T/linkRate + 2
-			if r.AgeP99 <= 2*T && r.Wrote >= 0.95*rates[i] {
+			if r.AgeP99 <= 2*T && r.Wrote >= 0.9*rates[i] {
 				best = max(best, r.Wrote/1e6)
 			}
 			s.out += r.Stored

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
+	"runtime/pprof"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -21,6 +23,9 @@ import (
 
 // workerEnv makes the program one of the processes of a storage row: each side of a transfer is measured alone.
 const workerEnv = "LANDFALL_BENCH_WORKER"
+
+// profileEnv names a folder for a CPU profile of each worker.
+const profileEnv = "LANDFALL_BENCH_PROFILE"
 
 const (
 	workerSink    = "sink"    // the storage account
@@ -43,6 +48,17 @@ func Worker(ctx context.Context) (bool, error) {
 		cancel()
 	}()
 	task := []byte(os.Getenv(workerEnv + "_TASK"))
+	if folder := os.Getenv(profileEnv); folder != "" {
+		f, err := os.Create(filepath.Join(folder, fmt.Sprintf("%s-%d.pprof", name, os.Getpid())))
+		if err != nil {
+			return true, fmt.Errorf("profile: %w", err)
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return true, fmt.Errorf("profile: %w", err)
+		}
+		defer pprof.StopCPUProfile()
+	}
 	var out any
 	var err error
 	switch name {
