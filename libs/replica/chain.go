@@ -296,7 +296,7 @@ func (r *Replica) retiredSince(ctx context.Context, next Seq, tag blobstore.ETag
 	_, now, err := r.readRetention(ctx)
 	switch {
 	case err != nil:
-		return false, fmt.Errorf("manifest %d: %w; read the record again: %w", next, broken, err)
+		return false, fmt.Errorf("manifest %d: %s; whether it was retired since is not known: %w", next, broken.Error(), err)
 	case now == tag:
 		return false, broken
 	}

@@ -126,7 +126,7 @@ func (r *Replica) changeRecord(ctx context.Context, change func(ret *Retention) 
 		if errors.Is(err, ErrNotReachable) {
 			// What was looked at may have been given up since the record was read: then the record says so.
 			if moved, rerr := r.recordMoved(ctx); rerr != nil {
-				return fmt.Errorf("%w; read the record again: %w", err, rerr)
+				return fmt.Errorf("%s; whether it was retired since is not known: %w", err.Error(), rerr)
 			} else if moved {
 				continue
 			}

@@ -1,6 +1,7 @@
 package storagereason_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -56,4 +57,33 @@ func TestWrap(t *testing.T) {
 	err := storagereason.Wrap(fmt.Errorf("list: %w", blobstore.ErrPermission), "read the points of %s", "vm")
 	require.ErrorIs(t, err, blobstore.ErrPermission)
 	require.ErrorContains(t, err, "read the points of vm")
+}
+
+// What work meets that is tried again, and what ends it, whoever meets it: a failover, a task, a step of the scheduler.
+func TestTriedAgain(t *testing.T) {
+	for _, c := range []struct {
+		again bool
+		errs  []error
+	}{
+		// Somebody was faster, storage did not say, or a person puts it right while Landfall goes on trying.
+		{true, []error{
+			replica.ErrContention, replica.ErrHeadMoved, replica.ErrUnknownOutcome, replica.ErrBusy, replica.ErrLeaseLost, replica.ErrNotAtRest,
+			blobstore.ErrExists, blobstore.ErrConditionFailed, blobstore.ErrLeaseConflict, blobstore.ErrFull, blobstore.ErrWriteOnce,
+			blobstore.ErrCredentials, blobstore.ErrClockSkew, blobstore.ErrPermission, blobstore.ErrNotFound,
+			context.DeadlineExceeded, errors.New("broken pipe"),
+		}},
+		// The chain has decided, or storage has lost something: the same again would meet the same.
+		{false, []error{
+			replica.ErrStaleEpoch, replica.ErrStaleOpen, replica.ErrClosed, replica.ErrNotFenced, replica.ErrReopened, replica.ErrBaseAhead,
+			replica.ErrNoBase, replica.ErrOrdinalUsed, replica.ErrPassOrder, replica.ErrRetired, replica.ErrNotReachable, replica.ErrDiskReplaced,
+			replica.ErrNotFound, replica.ErrCorrupt, replica.ErrTampered, replica.ErrInvalid, replica.ErrNoLineage,
+			segment.ErrCorrupt, blobstore.ErrNoContainer, blobstore.ErrInvalid,
+		}},
+	} {
+		for _, err := range c.errs {
+			wrapped := storagereason.Wrap(fmt.Errorf("commit: %w", err), "work")
+			require.Equal(t, c.again, errcat.Recoverable(wrapped), "%v", err)
+			require.Equal(t, c.again, errcat.Recoverable(storagereason.Wrap(wrapped, "again")), "%v", err)
+		}
+	}
 }
