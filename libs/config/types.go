@@ -15,10 +15,21 @@ const maxSecretFile = 64 << 10
 // Secret is a text that is never printed. In a file or a variable it is given as
 // it is, or as "file:PATH" to be read from a file, without the line ends at its
 // end. It cannot be given by a flag, which everybody on the machine could see.
-type Secret struct{ text string }
+type Secret struct{ text, file string }
+
+// Again reads the secret once more from the file that it came from; false when it came from none. Something may renew what is
+// in there while the program runs.
+func (s Secret) Again() (Secret, bool, error) {
+	if s.file == "" {
+		return s, false, nil
+	}
+	next := Secret{file: s.file}
+	err := next.read()
+	return next, true, err
+}
 
 // NewSecret returns a secret, for defaults in tests.
-func NewSecret(text string) Secret { return Secret{text} }
+func NewSecret(text string) Secret { return Secret{text: text} }
 
 // Reveal returns the text.
 func (s Secret) Reveal() string { return s.text }
@@ -47,9 +58,15 @@ func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 func (s *Secret) UnmarshalText(text []byte) error {
 	path, inFile := strings.CutPrefix(string(text), "file:")
 	if !inFile {
-		s.text = string(text)
+		*s = Secret{text: string(text)}
 		return nil
 	}
+	s.file = path
+	return s.read()
+}
+
+func (s *Secret) read() error {
+	path := s.file
 	info, err := os.Stat(path)
 	if err != nil {
 		return fmt.Errorf("read secret: %w", err)

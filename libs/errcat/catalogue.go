@@ -307,7 +307,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_SEGMENT_CORRUPT: {
 		Code:   codes.DataLoss,
 		Cause:  "A segment is missing from storage, or its bytes are not those that were written.",
-		Action: "Do not delete anything. Restore the object (undelete, versioning); otherwise use a point before it and run `landfall resync VM`.",
+		Action: "Do not delete anything. Restore the object (undelete, versioning); otherwise use a point before it, and for new ones end the protection and protect the machine again: the points so far stay in storage.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_MANIFEST_CORRUPT: {
 		Code:   codes.DataLoss,
@@ -392,7 +392,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_STORAGE_NOT_WRITE_ONCE: {
 		Code:   codes.FailedPrecondition,
 		Cause:  "The policy demands a write-once journal, and the container has no such policy, or a shorter one.",
-		Action: "Set a time-based retention policy on the container as the message says, or take write_once out of the policy.",
+		Action: "Set a time-based retention policy on the container as the message says and protect the machine again, or take write_once out of the policy.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_STORAGE_CLOCK_SKEW: {
 		Code:        codes.FailedPrecondition,
@@ -414,7 +414,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_REPLICA_TAMPERED: {
 		Code:   codes.DataLoss,
 		Cause:  "Something other than Landfall wrote to a replica disk, replaced it, or changed its number.",
-		Action: "Do not delete anything. Find out who wrote (storage logs). Points below the newest checkpoint are not harmed; `landfall resync VM` rebuilds the disk.",
+		Action: "Do not delete anything. Find out who wrote (storage logs). Points are received on, and a failover reads them from checkpoints and the journal, not from that disk. To have a good one, end the protection and protect the machine again: the points so far stay in storage.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_APPLY_BACKLOG_HIGH: {
 		Code:        codes.ResourceExhausted,

@@ -94,7 +94,7 @@ func (s *Service) failed(ctx context.Context, task *bus.Task, t *resyncenginev1.
 		Type: typ, Site: machine.Site, VM: machine.VM,
 		ID: bus.EventID(typ, "resync", task.Site, task.ID, task.Published.UTC().Format(time.RFC3339Nano)),
 		Payload: &eventsv1.ShipFailed{
-			Vm: t.GetVm(), Lineage: t.GetLineage(), Ordinal: t.GetPass(), Epoch: t.GetEpoch(), Error: detail,
+			Vm: t.GetVm(), Lineage: t.GetLineage(), Ordinal: t.GetPass(), Epoch: t.GetEpoch(), Error: detail, Work: "compare",
 		},
 	})
 	if err != nil {

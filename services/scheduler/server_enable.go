@@ -107,6 +107,10 @@ func (s *Service) storeProtection(ctx context.Context, name string, hit found, p
 		return bus.ErrExists
 	default:
 		rec.Epoch = old.GetEpoch() + 1
+		if reasonOf(old.GetRetry().GetError()) == typesv1.ErrorReason_ERROR_REASON_STORAGE_NOT_WRITE_ONCE {
+			// Somebody was told to set a policy on that lineage's container. It is empty: nothing is shipped before enabling ends.
+			rec.Lineage = old.GetLineage()
+		}
 		rev, err = s.store.vms.Update(ctx, key, rec, rev)
 	}
 	if err == nil {

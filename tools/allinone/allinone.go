@@ -54,6 +54,8 @@ type Options struct {
 	Clock   func() time.Time
 	// AckWait is how long a work queue waits for a worker's sign of life; zero is the bus's default.
 	AckWait time.Duration
+	// RetryUnit is the unit of the scheduler's ladder; zero is its default, a minute.
+	RetryUnit time.Duration
 	// OnReady hears the API's address when everything runs.
 	OnReady func(address string)
 	// Signals replaces the process's signals, for tests; a channel that never delivers leaves the end to ctx.

@@ -55,7 +55,11 @@ func (p *parts) build(ctx context.Context, name string) (program.Service, error)
 		c.Site = o.Site
 		return resyncengine.New(c, resyncengine.Deps{Bus: e.Bus, Store: e.Store, Hosts: e.Hosts, Clock: e.Clock, Logger: e.Logger, MeterProvider: e.Meter})
 	case schedulerName:
-		return scheduler.New(ctx, scheduler.Default(), scheduler.Deps{
+		c := scheduler.Default()
+		if o.RetryUnit > 0 {
+			c.RetryUnit = o.RetryUnit
+		}
+		return scheduler.New(ctx, c, scheduler.Deps{
 			Bus: e.Bus, Store: e.Store, Hosts: e.Hosts, Now: e.Clock, Logger: e.Logger, TracerProvider: e.Tracer, MeterProvider: e.Meter,
 		})
 	case orchestrator:

@@ -95,6 +95,31 @@ func (s *Server) newETag() string {
 	return fmt.Sprintf("\"0x8DE%012X\"", s.etags)
 }
 
+// TakeContainer takes a container away behind everybody's back, as a deletion of minutes ago, and returns what puts it back as
+// an undelete does: nil when there is no such container. Putting it back replaces what was made under its name meanwhile.
+func (s *Server) TakeContainer(name string) (restore func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.containers[name]
+	if !ok {
+		return nil
+	}
+	delete(s.containers, name)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.containers[name] = c
+	}
+}
+
+// HasContainer tells whether there is such a container.
+func (s *Server) HasContainer(name string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.containers[name]
+	return ok && c.deleted.IsZero()
+}
+
 // WriteOnce is a container-level immutability policy.
 type WriteOnce struct {
 	// Retention is counted from a blob's creation; 0 is no policy.

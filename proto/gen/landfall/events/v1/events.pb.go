@@ -286,12 +286,14 @@ type ShipFailed struct {
 	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
 	// Lineage.
 	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
-	// Ordinal of the point or pass; 0 for an apply task.
+	// Ordinal of the point or pass; 0 for an apply or retain task.
 	Ordinal uint64 `protobuf:"varint,3,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
 	// Epoch of the task.
 	Epoch uint64 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// The error.
-	Error         *v1.ErrorDetail `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	Error *v1.ErrorDetail `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
+	// What failed: ship, compare, apply or retain. Empty from writers before it existed.
+	Work          string `protobuf:"bytes,6,opt,name=work,proto3" json:"work,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -359,6 +361,13 @@ func (x *ShipFailed) GetError() *v1.ErrorDetail {
 		return x.Error
 	}
 	return nil
+}
+
+func (x *ShipFailed) GetWork() string {
+	if x != nil {
+		return x.Work
+	}
+	return ""
 }
 
 // RecoveryPointProcessed: every replica disk is at rest at or past a point. Suffix recovery-point.processed, by the uploader.
@@ -1695,14 +1704,15 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\bsequence\x18\x06 \x01(\x04R\bsequence\x12#\n" +
 	"\rcovered_bytes\x18\a \x01(\x03R\fcoveredBytes\x12!\n" +
 	"\fstored_bytes\x18\b \x01(\x03R\vstoredBytes\x12'\n" +
-	"\x0fdiffering_bytes\x18\t \x01(\x03R\x0edifferingBytes\"\x9c\x01\n" +
+	"\x0fdiffering_bytes\x18\t \x01(\x03R\x0edifferingBytes\"\xb0\x01\n" +
 	"\n" +
 	"ShipFailed\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x18\n" +
 	"\aordinal\x18\x03 \x01(\x04R\aordinal\x12\x14\n" +
 	"\x05epoch\x18\x04 \x01(\x04R\x05epoch\x124\n" +
-	"\x05error\x18\x05 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\"\xcf\x01\n" +
+	"\x05error\x18\x05 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05error\x12\x12\n" +
+	"\x04work\x18\x06 \x01(\tR\x04work\"\xcf\x01\n" +
 	"\x16RecoveryPointProcessed\x12\x0e\n" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
 	"\alineage\x18\x02 \x01(\tR\alineage\x12\x14\n" +

@@ -816,8 +816,11 @@ type ProtectedVm struct {
 	// Newest point that was there when a person last cleared a suspicion: points up to it are not suspected again, however late
 	// an event about them arrives.
 	ClearedSuspicion uint64 `protobuf:"varint,38,opt,name=cleared_suspicion,json=clearedSuspicion,proto3" json:"cleared_suspicion,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Why received points are not applied to the replica disks; absent when the last attempt succeeded. Replication goes on
+	// meanwhile: points are received, and a failover reads what is missing from the journal.
+	ApplyError    *v1.ErrorDetail `protobuf:"bytes,39,opt,name=apply_error,json=applyError,proto3" json:"apply_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ProtectedVm) Reset() {
@@ -1114,6 +1117,13 @@ func (x *ProtectedVm) GetClearedSuspicion() uint64 {
 		return x.ClearedSuspicion
 	}
 	return 0
+}
+
+func (x *ProtectedVm) GetApplyError() *v1.ErrorDetail {
+	if x != nil {
+		return x.ApplyError
+	}
+	return nil
 }
 
 // Suspicion is a jump in churn that no person has looked at yet. Retention of the VM stands still meanwhile.
@@ -3312,7 +3322,7 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\vfull_passes\x18\x06 \x01(\x03R\n" +
 	"fullPasses\x12!\n" +
 	"\fdirty_passes\x18\a \x01(\x03R\vdirtyPasses\x12%\n" +
-	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xfe\x0e\n" +
+	"\x0ecompare_passes\x18\b \x01(\x03R\rcomparePasses\"\xbf\x0f\n" +
 	"\vProtectedVm\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12\x12\n" +
@@ -3358,7 +3368,9 @@ const file_landfall_scheduler_v1_protection_proto_rawDesc = "" +
 	"\rapply_backlog\x18# \x01(\v2\x1f.landfall.types.v1.ApplyBacklogR\fapplyBacklog\x12>\n" +
 	"\tsuspicion\x18$ \x01(\v2 .landfall.scheduler.v1.SuspicionR\tsuspicion\x12J\n" +
 	"\x13last_retention_time\x18% \x01(\v2\x1a.google.protobuf.TimestampR\x11lastRetentionTime\x12+\n" +
-	"\x11cleared_suspicion\x18& \x01(\x04R\x10clearedSuspicion\"\xb6\x02\n" +
+	"\x11cleared_suspicion\x18& \x01(\x04R\x10clearedSuspicion\x12?\n" +
+	"\vapply_error\x18' \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\n" +
+	"applyError\"\xb6\x02\n" +
 	"\tSuspicion\x12\x14\n" +
 	"\x05point\x18\x01 \x01(\x04R\x05point\x125\n" +
 	"\bcut_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\acutTime\x12&\n" +
@@ -3658,73 +3670,74 @@ var file_landfall_scheduler_v1_protection_proto_depIdxs = []int32{
 	58, // 33: landfall.scheduler.v1.ProtectedVm.apply_backlog:type_name -> landfall.types.v1.ApplyBacklog
 	9,  // 34: landfall.scheduler.v1.ProtectedVm.suspicion:type_name -> landfall.scheduler.v1.Suspicion
 	47, // 35: landfall.scheduler.v1.ProtectedVm.last_retention_time:type_name -> google.protobuf.Timestamp
-	47, // 36: landfall.scheduler.v1.Suspicion.cut_time:type_name -> google.protobuf.Timestamp
-	47, // 37: landfall.scheduler.v1.Suspicion.last_good_time:type_name -> google.protobuf.Timestamp
-	59, // 38: landfall.scheduler.v1.Suspicion.signals:type_name -> landfall.types.v1.ChurnSignals
-	2,  // 39: landfall.scheduler.v1.FailoverProgress.stage:type_name -> landfall.scheduler.v1.FailoverStage
-	51, // 40: landfall.scheduler.v1.FailoverProgress.error:type_name -> landfall.types.v1.ErrorDetail
-	52, // 41: landfall.scheduler.v1.FailoverProgress.from:type_name -> landfall.types.v1.ProtectionState
-	47, // 42: landfall.scheduler.v1.FailoverProgress.stop_time:type_name -> google.protobuf.Timestamp
-	56, // 43: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
-	52, // 44: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
-	60, // 45: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
-	11, // 46: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
-	61, // 47: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
-	62, // 48: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	61, // 49: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
-	62, // 50: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
-	8,  // 51: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 52: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	62, // 53: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
-	8,  // 54: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 55: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
-	8,  // 56: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	46, // 57: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
-	47, // 58: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
-	48, // 59: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
-	59, // 60: landfall.scheduler.v1.RecoveryPoint.signals:type_name -> landfall.types.v1.ChurnSignals
-	33, // 61: landfall.scheduler.v1.RecoveryPoint.pins:type_name -> landfall.scheduler.v1.PointPin
-	47, // 62: landfall.scheduler.v1.PointPin.until:type_name -> google.protobuf.Timestamp
-	32, // 63: landfall.scheduler.v1.HoldRecoveryPointResponse.point:type_name -> landfall.scheduler.v1.RecoveryPoint
-	8,  // 64: landfall.scheduler.v1.ClearSuspicionResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
-	41, // 65: landfall.scheduler.v1.GetStorageUsageResponse.usage:type_name -> landfall.scheduler.v1.StorageUsage
-	45, // 66: landfall.scheduler.v1.GetStorageUsageResponse.points:type_name -> landfall.scheduler.v1.GetStorageUsageResponse.PointsEntry
-	32, // 67: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
-	12, // 68: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
-	14, // 69: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
-	16, // 70: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
-	18, // 71: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
-	20, // 72: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
-	22, // 73: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
-	24, // 74: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
-	26, // 75: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
-	28, // 76: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
-	30, // 77: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
-	43, // 78: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
-	34, // 79: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:input_type -> landfall.scheduler.v1.HoldRecoveryPointRequest
-	36, // 80: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:input_type -> landfall.scheduler.v1.ReleaseRecoveryPointRequest
-	38, // 81: landfall.scheduler.v1.ProtectionService.ClearSuspicion:input_type -> landfall.scheduler.v1.ClearSuspicionRequest
-	40, // 82: landfall.scheduler.v1.ProtectionService.GetStorageUsage:input_type -> landfall.scheduler.v1.GetStorageUsageRequest
-	13, // 83: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
-	15, // 84: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
-	17, // 85: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
-	19, // 86: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
-	21, // 87: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
-	23, // 88: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
-	25, // 89: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
-	27, // 90: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
-	29, // 91: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
-	31, // 92: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
-	44, // 93: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
-	35, // 94: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:output_type -> landfall.scheduler.v1.HoldRecoveryPointResponse
-	37, // 95: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:output_type -> landfall.scheduler.v1.ReleaseRecoveryPointResponse
-	39, // 96: landfall.scheduler.v1.ProtectionService.ClearSuspicion:output_type -> landfall.scheduler.v1.ClearSuspicionResponse
-	42, // 97: landfall.scheduler.v1.ProtectionService.GetStorageUsage:output_type -> landfall.scheduler.v1.GetStorageUsageResponse
-	83, // [83:98] is the sub-list for method output_type
-	68, // [68:83] is the sub-list for method input_type
-	68, // [68:68] is the sub-list for extension type_name
-	68, // [68:68] is the sub-list for extension extendee
-	0,  // [0:68] is the sub-list for field type_name
+	51, // 36: landfall.scheduler.v1.ProtectedVm.apply_error:type_name -> landfall.types.v1.ErrorDetail
+	47, // 37: landfall.scheduler.v1.Suspicion.cut_time:type_name -> google.protobuf.Timestamp
+	47, // 38: landfall.scheduler.v1.Suspicion.last_good_time:type_name -> google.protobuf.Timestamp
+	59, // 39: landfall.scheduler.v1.Suspicion.signals:type_name -> landfall.types.v1.ChurnSignals
+	2,  // 40: landfall.scheduler.v1.FailoverProgress.stage:type_name -> landfall.scheduler.v1.FailoverStage
+	51, // 41: landfall.scheduler.v1.FailoverProgress.error:type_name -> landfall.types.v1.ErrorDetail
+	52, // 42: landfall.scheduler.v1.FailoverProgress.from:type_name -> landfall.types.v1.ProtectionState
+	47, // 43: landfall.scheduler.v1.FailoverProgress.stop_time:type_name -> google.protobuf.Timestamp
+	56, // 44: landfall.scheduler.v1.VmSummary.machine:type_name -> landfall.types.v1.Machine
+	52, // 45: landfall.scheduler.v1.VmSummary.state:type_name -> landfall.types.v1.ProtectionState
+	60, // 46: landfall.scheduler.v1.ListHostsResponse.hosts:type_name -> landfall.hostprovider.v1.Host
+	11, // 47: landfall.scheduler.v1.ListVmsResponse.vms:type_name -> landfall.scheduler.v1.VmSummary
+	61, // 48: landfall.scheduler.v1.ListVmsResponse.problems:type_name -> landfall.hostprovider.v1.Finding
+	62, // 49: landfall.scheduler.v1.EnableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	61, // 50: landfall.scheduler.v1.EnableProtectionResponse.findings:type_name -> landfall.hostprovider.v1.Finding
+	62, // 51: landfall.scheduler.v1.DisableProtectionResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 52: landfall.scheduler.v1.PauseReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 53: landfall.scheduler.v1.ResumeReplicationResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	62, // 54: landfall.scheduler.v1.ResynchronizeResponse.job:type_name -> landfall.types.v1.Job
+	8,  // 55: landfall.scheduler.v1.GetProtectedVmResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 56: landfall.scheduler.v1.ListProtectedVmsResponse.vms:type_name -> landfall.scheduler.v1.ProtectedVm
+	8,  // 57: landfall.scheduler.v1.WatchProtectedVmsResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	46, // 58: landfall.scheduler.v1.RecoveryPoint.kind:type_name -> landfall.types.v1.PointKind
+	47, // 59: landfall.scheduler.v1.RecoveryPoint.cut_time:type_name -> google.protobuf.Timestamp
+	48, // 60: landfall.scheduler.v1.RecoveryPoint.consistency:type_name -> landfall.types.v1.Consistency
+	59, // 61: landfall.scheduler.v1.RecoveryPoint.signals:type_name -> landfall.types.v1.ChurnSignals
+	33, // 62: landfall.scheduler.v1.RecoveryPoint.pins:type_name -> landfall.scheduler.v1.PointPin
+	47, // 63: landfall.scheduler.v1.PointPin.until:type_name -> google.protobuf.Timestamp
+	32, // 64: landfall.scheduler.v1.HoldRecoveryPointResponse.point:type_name -> landfall.scheduler.v1.RecoveryPoint
+	8,  // 65: landfall.scheduler.v1.ClearSuspicionResponse.vm:type_name -> landfall.scheduler.v1.ProtectedVm
+	41, // 66: landfall.scheduler.v1.GetStorageUsageResponse.usage:type_name -> landfall.scheduler.v1.StorageUsage
+	45, // 67: landfall.scheduler.v1.GetStorageUsageResponse.points:type_name -> landfall.scheduler.v1.GetStorageUsageResponse.PointsEntry
+	32, // 68: landfall.scheduler.v1.ListRecoveryPointsResponse.points:type_name -> landfall.scheduler.v1.RecoveryPoint
+	12, // 69: landfall.scheduler.v1.ProtectionService.ListHosts:input_type -> landfall.scheduler.v1.ListHostsRequest
+	14, // 70: landfall.scheduler.v1.ProtectionService.ListVms:input_type -> landfall.scheduler.v1.ListVmsRequest
+	16, // 71: landfall.scheduler.v1.ProtectionService.EnableProtection:input_type -> landfall.scheduler.v1.EnableProtectionRequest
+	18, // 72: landfall.scheduler.v1.ProtectionService.DisableProtection:input_type -> landfall.scheduler.v1.DisableProtectionRequest
+	20, // 73: landfall.scheduler.v1.ProtectionService.PauseReplication:input_type -> landfall.scheduler.v1.PauseReplicationRequest
+	22, // 74: landfall.scheduler.v1.ProtectionService.ResumeReplication:input_type -> landfall.scheduler.v1.ResumeReplicationRequest
+	24, // 75: landfall.scheduler.v1.ProtectionService.Resynchronize:input_type -> landfall.scheduler.v1.ResynchronizeRequest
+	26, // 76: landfall.scheduler.v1.ProtectionService.GetProtectedVm:input_type -> landfall.scheduler.v1.GetProtectedVmRequest
+	28, // 77: landfall.scheduler.v1.ProtectionService.ListProtectedVms:input_type -> landfall.scheduler.v1.ListProtectedVmsRequest
+	30, // 78: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:input_type -> landfall.scheduler.v1.WatchProtectedVmsRequest
+	43, // 79: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:input_type -> landfall.scheduler.v1.ListRecoveryPointsRequest
+	34, // 80: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:input_type -> landfall.scheduler.v1.HoldRecoveryPointRequest
+	36, // 81: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:input_type -> landfall.scheduler.v1.ReleaseRecoveryPointRequest
+	38, // 82: landfall.scheduler.v1.ProtectionService.ClearSuspicion:input_type -> landfall.scheduler.v1.ClearSuspicionRequest
+	40, // 83: landfall.scheduler.v1.ProtectionService.GetStorageUsage:input_type -> landfall.scheduler.v1.GetStorageUsageRequest
+	13, // 84: landfall.scheduler.v1.ProtectionService.ListHosts:output_type -> landfall.scheduler.v1.ListHostsResponse
+	15, // 85: landfall.scheduler.v1.ProtectionService.ListVms:output_type -> landfall.scheduler.v1.ListVmsResponse
+	17, // 86: landfall.scheduler.v1.ProtectionService.EnableProtection:output_type -> landfall.scheduler.v1.EnableProtectionResponse
+	19, // 87: landfall.scheduler.v1.ProtectionService.DisableProtection:output_type -> landfall.scheduler.v1.DisableProtectionResponse
+	21, // 88: landfall.scheduler.v1.ProtectionService.PauseReplication:output_type -> landfall.scheduler.v1.PauseReplicationResponse
+	23, // 89: landfall.scheduler.v1.ProtectionService.ResumeReplication:output_type -> landfall.scheduler.v1.ResumeReplicationResponse
+	25, // 90: landfall.scheduler.v1.ProtectionService.Resynchronize:output_type -> landfall.scheduler.v1.ResynchronizeResponse
+	27, // 91: landfall.scheduler.v1.ProtectionService.GetProtectedVm:output_type -> landfall.scheduler.v1.GetProtectedVmResponse
+	29, // 92: landfall.scheduler.v1.ProtectionService.ListProtectedVms:output_type -> landfall.scheduler.v1.ListProtectedVmsResponse
+	31, // 93: landfall.scheduler.v1.ProtectionService.WatchProtectedVms:output_type -> landfall.scheduler.v1.WatchProtectedVmsResponse
+	44, // 94: landfall.scheduler.v1.ProtectionService.ListRecoveryPoints:output_type -> landfall.scheduler.v1.ListRecoveryPointsResponse
+	35, // 95: landfall.scheduler.v1.ProtectionService.HoldRecoveryPoint:output_type -> landfall.scheduler.v1.HoldRecoveryPointResponse
+	37, // 96: landfall.scheduler.v1.ProtectionService.ReleaseRecoveryPoint:output_type -> landfall.scheduler.v1.ReleaseRecoveryPointResponse
+	39, // 97: landfall.scheduler.v1.ProtectionService.ClearSuspicion:output_type -> landfall.scheduler.v1.ClearSuspicionResponse
+	42, // 98: landfall.scheduler.v1.ProtectionService.GetStorageUsage:output_type -> landfall.scheduler.v1.GetStorageUsageResponse
+	84, // [84:99] is the sub-list for method output_type
+	69, // [69:84] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_protection_proto_init() }
