@@ -263,8 +263,23 @@ func (w *run) commit(ctx context.Context, p replica.Proposal) (replica.Result, e
 	return res, failpoint.Hit(fpAfterManifest)
 }
 
-// windows compares what is not in the chain yet.
+// maxReopened bounds how often retention may take what the replica is read from. What n is reached from does not go before n
+// has a checkpoint of its own, so once is what it takes.
+const maxReopened = 3
+
+// windows compares what is not in the chain yet. n is not pinned (this role may not): it stays as the newest point, but an
+// older checkpoint that it was opened from may go when it gets one of its own. Then it is opened anew.
 func (w *run) windows(ctx context.Context, n replica.Seq) error {
+	for try := 1; ; try++ {
+		err := w.windowsOnce(ctx, n)
+		if try == maxReopened || ctx.Err() != nil || !errors.Is(err, replica.ErrNotReachable) {
+			return err
+		}
+		w.logger.InfoContext(ctx, "retention took what the replica was read from, opening it anew", "sequence", uint64(n), "error", err)
+	}
+}
+
+func (w *run) windowsOnce(ctx context.Context, n replica.Seq) error {
 	p, st, err := w.progress(ctx)
 	if err != nil || p.Complete {
 		return err
