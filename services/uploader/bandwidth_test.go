@@ -118,13 +118,18 @@ func TestSiteBandwidthIsShared(t *testing.T) {
 		took := time.Since(began).Seconds()
 		return (copied() - from) / took, (d.sent() - other) / took
 	}
-	measure(mib) // all know of each other
+	share := func() int64 {
+		return statusOf(t, one).GetBandwidthBytesPerSecond() + statusOf(t, two).GetBandwidthBytesPerSecond()
+	}
+	testkit.Eventually(t, 20*time.Second, func() bool { return share() < limit/4 }, "all know of each other")
+	measure(1.5 * mib) // segments that were begun before are through
 	copies, others := measure(2 * mib)
 	t.Logf("beside deltas: copies %.2f, deltas %.2f MiB/s", copies/mib, others/mib)
 	require.Less(t, copies+others, 1.3*limit)
 	require.Greater(t, others, 3*copies, "deltas go first")
 	require.Greater(t, copies, 0.05*limit, "the copy is not starved")
 	d.stop()
+	testkit.Eventually(t, 20*time.Second, func() bool { return share() > limit/2 }, "the deltas are gone")
 	measure(4 * mib)
 	slow, _ := measure(10 * mib)
 	t.Logf("alone: %.2f MiB/s", slow/mib)
