@@ -20,6 +20,7 @@ import (
 	nooptrace "go.opentelemetry.io/otel/trace/noop"
 	"go.uber.org/goleak"
 
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/testkit"
 	"github.com/landfall-dr/landfall/tools/allinone"
 	"github.com/landfall-dr/landfall/tools/cli"
@@ -47,7 +48,9 @@ type lab struct {
 	t             *testing.T
 	root          string
 	images, state string
-	qemu          allinone.QEMU // instead of images, where it says something
+	qemu          allinone.QEMU    // instead of images, where it says something
+	store         backend.Settings // where lineages are, where it is not a folder of the state
+	retryUnit     time.Duration    // of the ladder, where a test waits for it
 	logs          *testkit.Logs
 	tracer        trace.TracerProvider
 	stop          func()
@@ -114,7 +117,7 @@ func (l *lab) up() {
 	}
 	go func() {
 		ended <- allinone.Run(ctx, allinone.Options{
-			State: l.state, Images: images, QEMU: l.qemu, Listen: "127.0.0.1:0", NBDListen: "127.0.0.1:0", Site: "local", Host: "host-1", Version: "test",
+			State: l.state, Store: l.store, RetryUnit: l.retryUnit, Images: images, QEMU: l.qemu, Listen: "127.0.0.1:0", NBDListen: "127.0.0.1:0", Site: "local", Host: "host-1", Version: "test",
 			Logger: slog.New(l.logs.Handler()), Tracer: l.tracer, Meter: noop.NewMeterProvider(), Clock: time.Now, Signals: make(chan os.Signal),
 			OnReady: func(address string) {
 				err := cli.WriteClientConfig(l.state, cli.ClientConfig{
@@ -239,6 +242,15 @@ func (l *lab) awaitPoint(vm string, n uint64) vmStatus {
 // disk opens a disk of a machine as its guest does.
 func (l *lab) disk(vm, disk string) *nbdclient.Client {
 	l.t.Helper()
+	c, err := nbdclient.Dial(testkit.Context(l.t), l.export(vm, disk))
+	require.NoError(l.t, err)
+	l.t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// export is the address at which a machine's guest finds a disk.
+func (l *lab) export(vm, disk string) string {
+	l.t.Helper()
 	var v struct {
 		Machine struct {
 			Disks []struct {
@@ -250,14 +262,11 @@ func (l *lab) disk(vm, disk string) *nbdclient.Client {
 	l.get(&v, "vms", "show", vm)
 	for _, d := range v.Machine.Disks {
 		if d.ID == disk {
-			c, err := nbdclient.Dial(testkit.Context(l.t), d.URI)
-			require.NoError(l.t, err)
-			l.t.Cleanup(func() { _ = c.Close() })
-			return c
+			return d.URI
 		}
 	}
 	l.t.Fatalf("%s has no disk %s", vm, disk)
-	return nil
+	return ""
 }
 
 // Patterns of what differs from run to run, and their names in golden files.
