@@ -6,7 +6,9 @@ package policy
 import (
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 )
@@ -70,4 +72,46 @@ func ParallelUploads(p *schedulerv1.Policy) int {
 		return int(n)
 	}
 	return defaultParallel
+}
+
+// ShorteningGrace is for how long retention still goes by the longer tiers after a policy was made to keep less.
+const ShorteningGrace = 24 * time.Hour
+
+// Tiers are how long points are kept by the policy's own values.
+func Tiers(p *schedulerv1.Policy) *schedulerv1.RetentionTiers {
+	return tiers(KeepAll(p), KeepHourly(p), Retention(p))
+}
+
+func tiers(all, hourly, limit time.Duration) *schedulerv1.RetentionTiers {
+	return &schedulerv1.RetentionTiers{KeepAll: durationpb.New(all), KeepHourly: durationpb.New(hourly), Retention: durationpb.New(limit)}
+}
+
+// TiersAt are what retention goes by at an instant: the policy's, or the longer ones of before while a shortening is young.
+func TiersAt(p *schedulerv1.Policy, now time.Time) *schedulerv1.RetentionTiers {
+	before := p.GetKeptBefore()
+	if before == nil || !now.Before(p.GetShortenedTime().AsTime().Add(ShorteningGrace)) {
+		return Tiers(p)
+	}
+	return longer(Tiers(p), before)
+}
+
+func longer(a, b *schedulerv1.RetentionTiers) *schedulerv1.RetentionTiers {
+	return tiers(max(a.GetKeepAll().AsDuration(), b.GetKeepAll().AsDuration()),
+		max(a.GetKeepHourly().AsDuration(), b.GetKeepHourly().AsDuration()), max(a.GetRetention().AsDuration(), b.GetRetention().AsDuration()))
+}
+
+// Replace fills the output-only fields of a policy that takes the place of old (nil: none) now.
+func Replace(old, p *schedulerv1.Policy, now time.Time) {
+	p.KeptBefore, p.ShortenedTime = nil, nil
+	if old == nil {
+		return
+	}
+	held := TiersAt(old, now)
+	if proto.Equal(longer(held, Tiers(p)), Tiers(p)) {
+		return // nothing is kept for less long than retention went by until now
+	}
+	p.KeptBefore, p.ShortenedTime = held, timestamppb.New(now)
+	if proto.Equal(Tiers(old), Tiers(p)) { // other values changed: the grace does not begin again
+		p.ShortenedTime = old.GetShortenedTime()
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/landfall-dr/landfall/libs/policy"
@@ -39,4 +40,32 @@ func TestOtherDefaults(t *testing.T) {
 	require.Equal(t, 25*time.Minute, policy.AlertThreshold(p))
 	require.InDelta(t, policy.SuspicionOff, policy.SuspicionFactor(p), 0)
 	require.Equal(t, 2, policy.ParallelUploads(p))
+}
+
+// TestShortening: a policy that keeps less takes effect for points after a day, and can be taken back until then.
+func TestShortening(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	days := func(n time.Duration) *durationpb.Duration { return durationpb.New(n * 24 * time.Hour) }
+	long := &schedulerv1.Policy{Retention: days(30)}
+	policy.Replace(nil, long, now)
+	require.Nil(t, long.KeptBefore)
+
+	slip := &schedulerv1.Policy{Retention: durationpb.New(time.Hour)}
+	policy.Replace(long, slip, now)
+	require.True(t, proto.Equal(policy.Tiers(long), policy.TiersAt(slip, now.Add(23*time.Hour))))
+	require.True(t, proto.Equal(policy.Tiers(slip), policy.TiersAt(slip, now.Add(24*time.Hour))))
+
+	again := proto.CloneOf(slip) // another value changes: the day goes on
+	again.CopyInterval = durationpb.New(time.Minute)
+	policy.Replace(slip, again, now.Add(12*time.Hour))
+	require.Equal(t, now, again.ShortenedTime.AsTime())
+
+	back := &schedulerv1.Policy{Retention: days(30)}
+	policy.Replace(slip, back, now.Add(time.Hour))
+	require.Nil(t, back.KeptBefore)
+
+	less := &schedulerv1.Policy{Retention: days(2)} // a second shortening still goes by the longest
+	policy.Replace(slip, less, now.Add(time.Hour))
+	require.True(t, proto.Equal(policy.Tiers(long), policy.TiersAt(less, now.Add(20*time.Hour))))
+	require.True(t, proto.Equal(policy.Tiers(less), policy.TiersAt(less, now.Add(26*time.Hour))))
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/landfall-dr/landfall/libs/bus"
@@ -56,9 +55,9 @@ func (v *vmRun) syncRetention(ctx context.Context) (wait time.Duration, changed 
 		return wait, false, nil
 	}
 	id := fmt.Sprintf("%s/retain/%d", v.rec.GetLineage(), v.rec.GetLastRetentionTime().AsTime().UnixNano())
+	keep := policy.TiersAt(v.policy, now)
 	err = v.bus.PublishTask(ctx, bus.KindRetain, v.site(), id, &uploaderv1.RetainTask{
-		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), KeepAll: durationpb.New(policy.KeepAll(v.policy)),
-		KeepHourly: durationpb.New(policy.KeepHourly(v.policy)), Retention: durationpb.New(policy.Retention(v.policy)),
+		Vm: v.rec.GetName(), Lineage: v.rec.GetLineage(), KeepAll: keep.GetKeepAll(), KeepHourly: keep.GetKeepHourly(), Retention: keep.GetRetention(),
 	})
 	if err != nil {
 		return 0, false, err

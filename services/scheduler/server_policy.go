@@ -127,6 +127,7 @@ func (s *policyServer) ApplyPolicy(ctx context.Context, r *schedulerv1.ApplyPoli
 	case expected != 0 && expected != rev:
 		return nil, stale(want.GetName(), expected, rev)
 	}
+	policy.Replace(old, want, s.now())
 	if r.GetValidateOnly() {
 		want.Revision = rev
 		return &schedulerv1.ApplyPolicyResponse{Policy: want}, nil

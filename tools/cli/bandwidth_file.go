@@ -3,19 +3,15 @@ package cli
 import (
 	"errors"
 	"fmt"
-	"io"
 	"maps"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
-	"go.yaml.in/yaml/v3"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/landfall-dr/landfall/libs/config"
-	"github.com/landfall-dr/landfall/libs/errcat"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -23,33 +19,9 @@ import (
 // readBandwidth reads a schedule: as people write it, or as `bandwidth get -o yaml` prints it. Unknown keys are refused with
 // their name; what the schedule as a whole must be is for the scheduler to say.
 func (a *app) readBandwidth(file string) (*schedulerv1.SiteBandwidth, error) {
-	from := "bandwidth file " + file
-	if file == "-" {
-		from = "bandwidth from standard input"
-	}
-	r := a.in
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "read %s", from)
-		}
-		defer f.Close()
-		r = f
-	}
-	raw, err := io.ReadAll(io.LimitReader(r, 1<<20))
-	if err != nil {
-		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "read %s", from)
-	}
-	var v any
-	err = yaml.Unmarshal(raw, &v) // YAML is a superset of JSON
 	b := &schedulerv1.SiteBandwidth{}
-	if err == nil {
-		err = bandwidthValues(v, b)
-	}
-	if err != nil {
-		return nil, errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_BANDWIDTH_INVALID, err, "%s", from)
-	}
-	return b, nil
+	err := a.readDocument("bandwidth", file, typesv1.ErrorReason_ERROR_REASON_BANDWIDTH_INVALID, func(v any) error { return bandwidthValues(v, b) })
+	return b, err
 }
 
 // fields calls the function of each key of a map; all problems are joined.

@@ -2,20 +2,15 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
-	"go.yaml.in/yaml/v3"
-	"google.golang.org/protobuf/encoding/protojson"
 
-	"github.com/landfall-dr/landfall/libs/errcat"
 	failoverv1 "github.com/landfall-dr/landfall/proto/gen/landfall/failoverorchestrator/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
 )
@@ -128,49 +123,11 @@ func planGroupRows(w io.Writer, p *failoverv1.RecoveryPlan) {
 
 // readPlan reads a plan; unknown keys are refused with their name.
 func (a *app) readPlan(file string) (*failoverv1.RecoveryPlan, error) {
-	from := "plan file " + file
-	if file == "-" {
-		from = "plan from standard input"
-	}
-	unreadable := func(err error) error {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "read %s", from)
-	}
-	invalid := func(err error) error {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_PLAN_INVALID, err, "%s", from)
-	}
-	r := a.in
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, unreadable(err)
-		}
-		defer f.Close()
-		r = f
-	}
-	raw, err := io.ReadAll(io.LimitReader(r, 1<<20))
-	if err != nil {
-		return nil, unreadable(err)
-	}
-	var v any
-	if err := yaml.Unmarshal(raw, &v); err != nil { // YAML is a superset of JSON
-		return nil, invalid(err)
-	}
-	m, ok := v.(map[string]any)
-	if !ok {
-		return nil, invalid(errors.New("it is not a list of keys and values such as name: everything"))
-	}
-	if err := a.planValues(m); err != nil {
-		return nil, invalid(err)
-	}
-	j, err := json.Marshal(m)
-	if err != nil {
-		return nil, invalid(err)
-	}
 	p := &failoverv1.RecoveryPlan{}
-	if err := protojson.Unmarshal(j, p); err != nil {
-		return nil, invalid(errors.New(protoPrefix.ReplaceAllString(err.Error(), "")))
-	}
-	return p, nil
+	err := a.readDocument("plan", file, typesv1.ErrorReason_ERROR_REASON_PLAN_INVALID, func(v any) error {
+		return intoMessage(v, "name: everything", a.planValues, p)
+	})
+	return p, err
 }
 
 // planValues checks keys and turns what people write into what proto-JSON wants: durations, short names. It says

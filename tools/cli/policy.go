@@ -1,12 +1,9 @@
 package cli
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -14,11 +11,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"go.yaml.in/yaml/v3"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/landfall-dr/landfall/libs/errcat"
 	"github.com/landfall-dr/landfall/libs/policy"
 	schedulerv1 "github.com/landfall-dr/landfall/proto/gen/landfall/scheduler/v1"
 	typesv1 "github.com/landfall-dr/landfall/proto/gen/landfall/types/v1"
@@ -153,54 +147,12 @@ func parallel(p *schedulerv1.Policy) string {
 
 // readPolicy reads a policy; unknown keys are refused with their name.
 func (a *app) readPolicy(file string) (*schedulerv1.Policy, error) {
-	from := "policy file " + file
-	if file == "-" {
-		from = "policy from standard input"
-	}
-	unreadable := func(err error) error {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_INVALID_ARGUMENT, err, "read %s", from)
-	}
-	invalid := func(err error) error {
-		return errcat.Wrap(typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, err, "%s", from)
-	}
-	r := a.in
-	if file != "-" {
-		f, err := os.Open(file)
-		if err != nil {
-			return nil, unreadable(err)
-		}
-		defer f.Close()
-		r = f
-	}
-	raw, err := io.ReadAll(io.LimitReader(r, 1<<20))
-	if err != nil {
-		return nil, unreadable(err)
-	}
-	var v any
-	if err := yaml.Unmarshal(raw, &v); err != nil { // YAML is a superset of JSON
-		return nil, invalid(err)
-	}
-	m, ok := v.(map[string]any)
-	if !ok {
-		return nil, invalid(errors.New("it is not a list of keys and values such as copy_interval: 30s"))
-	}
-	if err := policyValues(m); err != nil {
-		return nil, invalid(err)
-	}
-	j, err := json.Marshal(m)
-	if err != nil {
-		return nil, invalid(err)
-	}
 	p := &schedulerv1.Policy{}
-	if err := protojson.Unmarshal(j, p); err != nil {
-		return nil, invalid(errors.New(protoPrefix.ReplaceAllString(err.Error(), "")))
-	}
-	return p, nil
+	err := a.readDocument("policy", file, typesv1.ErrorReason_ERROR_REASON_POLICY_INVALID, func(v any) error {
+		return intoMessage(v, "copy_interval: 30s", policyValues, p)
+	})
+	return p, err
 }
-
-// protoPrefix is what the decoder says before what is wrong: its name, a space that varies on purpose, and a place in
-// JSON that nobody wrote.
-var protoPrefix = regexp.MustCompile(`^proto:[\s\x{a0}]*(\(line \d+:\d+\): )?`)
 
 // policyPattern is a policy's short name.
 var policyPattern = regexp.MustCompile(`^(policies/)?[a-z0-9][a-z0-9-]{0,39}$`)

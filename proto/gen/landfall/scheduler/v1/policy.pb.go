@@ -59,7 +59,12 @@ type Policy struct {
 	SuspicionFactor float64 `protobuf:"fixed64,12,opt,name=suspicion_factor,json=suspicionFactor,proto3" json:"suspicion_factor,omitempty"`
 	// How long received points may wait to be applied so that overwrites of one window cost one write: the recovery time
 	// that is given for fewer requests. Absent means what the store's price of a request suggests.
-	ApplyDelay    *durationpb.Duration `protobuf:"bytes,13,opt,name=apply_delay,json=applyDelay,proto3" json:"apply_delay,omitempty"`
+	ApplyDelay *durationpb.Duration `protobuf:"bytes,13,opt,name=apply_delay,json=applyDelay,proto3" json:"apply_delay,omitempty"`
+	// What points were kept by before the policy was made to keep less; absent when it was not, lately. Output only. Retention
+	// goes by the longer of both until shortened_time plus 24 h, so that a slip can be taken back.
+	KeptBefore *RetentionTiers `protobuf:"bytes,14,opt,name=kept_before,json=keptBefore,proto3" json:"kept_before,omitempty"`
+	// When the policy was last made to keep less. Output only.
+	ShortenedTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=shortened_time,json=shortenedTime,proto3" json:"shortened_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -185,6 +190,84 @@ func (x *Policy) GetApplyDelay() *durationpb.Duration {
 	return nil
 }
 
+func (x *Policy) GetKeptBefore() *RetentionTiers {
+	if x != nil {
+		return x.KeptBefore
+	}
+	return nil
+}
+
+func (x *Policy) GetShortenedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ShortenedTime
+	}
+	return nil
+}
+
+// RetentionTiers say how long points are kept.
+type RetentionTiers struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long every point is kept.
+	KeepAll *durationpb.Duration `protobuf:"bytes,1,opt,name=keep_all,json=keepAll,proto3" json:"keep_all,omitempty"`
+	// How long one point an hour is kept.
+	KeepHourly *durationpb.Duration `protobuf:"bytes,2,opt,name=keep_hourly,json=keepHourly,proto3" json:"keep_hourly,omitempty"`
+	// How long points are kept at all, one a day at the end.
+	Retention     *durationpb.Duration `protobuf:"bytes,3,opt,name=retention,proto3" json:"retention,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetentionTiers) Reset() {
+	*x = RetentionTiers{}
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetentionTiers) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetentionTiers) ProtoMessage() {}
+
+func (x *RetentionTiers) ProtoReflect() protoreflect.Message {
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetentionTiers.ProtoReflect.Descriptor instead.
+func (*RetentionTiers) Descriptor() ([]byte, []int) {
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *RetentionTiers) GetKeepAll() *durationpb.Duration {
+	if x != nil {
+		return x.KeepAll
+	}
+	return nil
+}
+
+func (x *RetentionTiers) GetKeepHourly() *durationpb.Duration {
+	if x != nil {
+		return x.KeepHourly
+	}
+	return nil
+}
+
+func (x *RetentionTiers) GetRetention() *durationpb.Duration {
+	if x != nil {
+		return x.Retention
+	}
+	return nil
+}
+
 // ApplyPolicyRequest has the whole policy.
 type ApplyPolicyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -198,7 +281,7 @@ type ApplyPolicyRequest struct {
 
 func (x *ApplyPolicyRequest) Reset() {
 	*x = ApplyPolicyRequest{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[1]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -210,7 +293,7 @@ func (x *ApplyPolicyRequest) String() string {
 func (*ApplyPolicyRequest) ProtoMessage() {}
 
 func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[1]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -223,7 +306,7 @@ func (x *ApplyPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyRequest.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{1}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ApplyPolicyRequest) GetPolicy() *Policy {
@@ -251,7 +334,7 @@ type ApplyPolicyResponse struct {
 
 func (x *ApplyPolicyResponse) Reset() {
 	*x = ApplyPolicyResponse{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[2]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -263,7 +346,7 @@ func (x *ApplyPolicyResponse) String() string {
 func (*ApplyPolicyResponse) ProtoMessage() {}
 
 func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[2]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -276,7 +359,7 @@ func (x *ApplyPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyPolicyResponse.ProtoReflect.Descriptor instead.
 func (*ApplyPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{2}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ApplyPolicyResponse) GetPolicy() *Policy {
@@ -297,7 +380,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[3]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -309,7 +392,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[3]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -322,7 +405,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{3}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *GetPolicyRequest) GetName() string {
@@ -343,7 +426,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[4]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -355,7 +438,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[4]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -368,7 +451,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{4}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *GetPolicyResponse) GetPolicy() *Policy {
@@ -391,7 +474,7 @@ type ListPoliciesRequest struct {
 
 func (x *ListPoliciesRequest) Reset() {
 	*x = ListPoliciesRequest{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[5]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -403,7 +486,7 @@ func (x *ListPoliciesRequest) String() string {
 func (*ListPoliciesRequest) ProtoMessage() {}
 
 func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[5]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -416,7 +499,7 @@ func (x *ListPoliciesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesRequest.ProtoReflect.Descriptor instead.
 func (*ListPoliciesRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{5}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ListPoliciesRequest) GetPageSize() int32 {
@@ -446,7 +529,7 @@ type ListPoliciesResponse struct {
 
 func (x *ListPoliciesResponse) Reset() {
 	*x = ListPoliciesResponse{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -458,7 +541,7 @@ func (x *ListPoliciesResponse) String() string {
 func (*ListPoliciesResponse) ProtoMessage() {}
 
 func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[6]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -471,7 +554,7 @@ func (x *ListPoliciesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListPoliciesResponse.ProtoReflect.Descriptor instead.
 func (*ListPoliciesResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{6}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListPoliciesResponse) GetPolicies() []*Policy {
@@ -499,7 +582,7 @@ type DeletePolicyRequest struct {
 
 func (x *DeletePolicyRequest) Reset() {
 	*x = DeletePolicyRequest{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -511,7 +594,7 @@ func (x *DeletePolicyRequest) String() string {
 func (*DeletePolicyRequest) ProtoMessage() {}
 
 func (x *DeletePolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[7]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -524,7 +607,7 @@ func (x *DeletePolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePolicyRequest.ProtoReflect.Descriptor instead.
 func (*DeletePolicyRequest) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{7}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DeletePolicyRequest) GetName() string {
@@ -543,7 +626,7 @@ type DeletePolicyResponse struct {
 
 func (x *DeletePolicyResponse) Reset() {
 	*x = DeletePolicyResponse{}
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -555,7 +638,7 @@ func (x *DeletePolicyResponse) String() string {
 func (*DeletePolicyResponse) ProtoMessage() {}
 
 func (x *DeletePolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[8]
+	mi := &file_landfall_scheduler_v1_policy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -568,14 +651,14 @@ func (x *DeletePolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePolicyResponse.ProtoReflect.Descriptor instead.
 func (*DeletePolicyResponse) Descriptor() ([]byte, []int) {
-	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{8}
+	return file_landfall_scheduler_v1_policy_proto_rawDescGZIP(), []int{9}
 }
 
 var File_landfall_scheduler_v1_policy_proto protoreflect.FileDescriptor
 
 const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\n" +
-	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\x9b\a\n" +
+	"\"landfall/scheduler/v1/policy.proto\x12\x15landfall.scheduler.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a%landfall/types/v1/authorization.proto\"\xa6\b\n" +
 	"\x06Policy\x12=\n" +
 	"\x04name\x18\x01 \x01(\tB)\xbaH&r$2\"^policies/[a-z0-9][a-z0-9-]{0,39}$R\x04name\x12R\n" +
 	"\rcopy_interval\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xc8\x01\x01\xaa\x01\t\"\x03\b\x84\a2\x02\b\x01R\fcopyInterval\x12A\n" +
@@ -595,7 +678,15 @@ const file_landfall_scheduler_v1_policy_proto_rawDesc = "" +
 	"\x10suspicion_factor\x18\f \x01(\x01B\x0e\xbaH\v\x12\t)\x00\x00\x00\x00\x00\x00\x00\x00R\x0fsuspicionFactor\x12I\n" +
 	"\vapply_delay\x18\r \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
 	"\xaa\x01\a\"\x03\b\x90\x1c2\x00R\n" +
-	"applyDelay\"x\n" +
+	"applyDelay\x12F\n" +
+	"\vkept_before\x18\x0e \x01(\v2%.landfall.scheduler.v1.RetentionTiersR\n" +
+	"keptBefore\x12A\n" +
+	"\x0eshortened_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\rshortenedTime\"\xbb\x01\n" +
+	"\x0eRetentionTiers\x124\n" +
+	"\bkeep_all\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\akeepAll\x12:\n" +
+	"\vkeep_hourly\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"keepHourly\x127\n" +
+	"\tretention\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tretention\"x\n" +
 	"\x12ApplyPolicyRequest\x12=\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1d.landfall.scheduler.v1.PolicyB\x06\xbaH\x03\xc8\x01\x01R\x06policy\x12#\n" +
 	"\rvalidate_only\x18\x02 \x01(\bR\fvalidateOnly\"L\n" +
@@ -634,47 +725,53 @@ func file_landfall_scheduler_v1_policy_proto_rawDescGZIP() []byte {
 	return file_landfall_scheduler_v1_policy_proto_rawDescData
 }
 
-var file_landfall_scheduler_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_landfall_scheduler_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_landfall_scheduler_v1_policy_proto_goTypes = []any{
 	(*Policy)(nil),                // 0: landfall.scheduler.v1.Policy
-	(*ApplyPolicyRequest)(nil),    // 1: landfall.scheduler.v1.ApplyPolicyRequest
-	(*ApplyPolicyResponse)(nil),   // 2: landfall.scheduler.v1.ApplyPolicyResponse
-	(*GetPolicyRequest)(nil),      // 3: landfall.scheduler.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),     // 4: landfall.scheduler.v1.GetPolicyResponse
-	(*ListPoliciesRequest)(nil),   // 5: landfall.scheduler.v1.ListPoliciesRequest
-	(*ListPoliciesResponse)(nil),  // 6: landfall.scheduler.v1.ListPoliciesResponse
-	(*DeletePolicyRequest)(nil),   // 7: landfall.scheduler.v1.DeletePolicyRequest
-	(*DeletePolicyResponse)(nil),  // 8: landfall.scheduler.v1.DeletePolicyResponse
-	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*RetentionTiers)(nil),        // 1: landfall.scheduler.v1.RetentionTiers
+	(*ApplyPolicyRequest)(nil),    // 2: landfall.scheduler.v1.ApplyPolicyRequest
+	(*ApplyPolicyResponse)(nil),   // 3: landfall.scheduler.v1.ApplyPolicyResponse
+	(*GetPolicyRequest)(nil),      // 4: landfall.scheduler.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),     // 5: landfall.scheduler.v1.GetPolicyResponse
+	(*ListPoliciesRequest)(nil),   // 6: landfall.scheduler.v1.ListPoliciesRequest
+	(*ListPoliciesResponse)(nil),  // 7: landfall.scheduler.v1.ListPoliciesResponse
+	(*DeletePolicyRequest)(nil),   // 8: landfall.scheduler.v1.DeletePolicyRequest
+	(*DeletePolicyResponse)(nil),  // 9: landfall.scheduler.v1.DeletePolicyResponse
+	(*durationpb.Duration)(nil),   // 10: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
 }
 var file_landfall_scheduler_v1_policy_proto_depIdxs = []int32{
-	9,  // 0: landfall.scheduler.v1.Policy.copy_interval:type_name -> google.protobuf.Duration
-	9,  // 1: landfall.scheduler.v1.Policy.retention:type_name -> google.protobuf.Duration
-	10, // 2: landfall.scheduler.v1.Policy.initial_replication_start_time:type_name -> google.protobuf.Timestamp
-	9,  // 3: landfall.scheduler.v1.Policy.rpo_alert_threshold:type_name -> google.protobuf.Duration
-	9,  // 4: landfall.scheduler.v1.Policy.app_consistent_interval:type_name -> google.protobuf.Duration
-	9,  // 5: landfall.scheduler.v1.Policy.keep_all:type_name -> google.protobuf.Duration
-	9,  // 6: landfall.scheduler.v1.Policy.keep_hourly:type_name -> google.protobuf.Duration
-	9,  // 7: landfall.scheduler.v1.Policy.write_once:type_name -> google.protobuf.Duration
-	9,  // 8: landfall.scheduler.v1.Policy.apply_delay:type_name -> google.protobuf.Duration
-	0,  // 9: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 10: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 11: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
-	0,  // 12: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
-	1,  // 13: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
-	3,  // 14: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
-	5,  // 15: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
-	7,  // 16: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
-	2,  // 17: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
-	4,  // 18: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
-	6,  // 19: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
-	8,  // 20: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
-	17, // [17:21] is the sub-list for method output_type
-	13, // [13:17] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	10, // 0: landfall.scheduler.v1.Policy.copy_interval:type_name -> google.protobuf.Duration
+	10, // 1: landfall.scheduler.v1.Policy.retention:type_name -> google.protobuf.Duration
+	11, // 2: landfall.scheduler.v1.Policy.initial_replication_start_time:type_name -> google.protobuf.Timestamp
+	10, // 3: landfall.scheduler.v1.Policy.rpo_alert_threshold:type_name -> google.protobuf.Duration
+	10, // 4: landfall.scheduler.v1.Policy.app_consistent_interval:type_name -> google.protobuf.Duration
+	10, // 5: landfall.scheduler.v1.Policy.keep_all:type_name -> google.protobuf.Duration
+	10, // 6: landfall.scheduler.v1.Policy.keep_hourly:type_name -> google.protobuf.Duration
+	10, // 7: landfall.scheduler.v1.Policy.write_once:type_name -> google.protobuf.Duration
+	10, // 8: landfall.scheduler.v1.Policy.apply_delay:type_name -> google.protobuf.Duration
+	1,  // 9: landfall.scheduler.v1.Policy.kept_before:type_name -> landfall.scheduler.v1.RetentionTiers
+	11, // 10: landfall.scheduler.v1.Policy.shortened_time:type_name -> google.protobuf.Timestamp
+	10, // 11: landfall.scheduler.v1.RetentionTiers.keep_all:type_name -> google.protobuf.Duration
+	10, // 12: landfall.scheduler.v1.RetentionTiers.keep_hourly:type_name -> google.protobuf.Duration
+	10, // 13: landfall.scheduler.v1.RetentionTiers.retention:type_name -> google.protobuf.Duration
+	0,  // 14: landfall.scheduler.v1.ApplyPolicyRequest.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 15: landfall.scheduler.v1.ApplyPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 16: landfall.scheduler.v1.GetPolicyResponse.policy:type_name -> landfall.scheduler.v1.Policy
+	0,  // 17: landfall.scheduler.v1.ListPoliciesResponse.policies:type_name -> landfall.scheduler.v1.Policy
+	2,  // 18: landfall.scheduler.v1.PolicyService.ApplyPolicy:input_type -> landfall.scheduler.v1.ApplyPolicyRequest
+	4,  // 19: landfall.scheduler.v1.PolicyService.GetPolicy:input_type -> landfall.scheduler.v1.GetPolicyRequest
+	6,  // 20: landfall.scheduler.v1.PolicyService.ListPolicies:input_type -> landfall.scheduler.v1.ListPoliciesRequest
+	8,  // 21: landfall.scheduler.v1.PolicyService.DeletePolicy:input_type -> landfall.scheduler.v1.DeletePolicyRequest
+	3,  // 22: landfall.scheduler.v1.PolicyService.ApplyPolicy:output_type -> landfall.scheduler.v1.ApplyPolicyResponse
+	5,  // 23: landfall.scheduler.v1.PolicyService.GetPolicy:output_type -> landfall.scheduler.v1.GetPolicyResponse
+	7,  // 24: landfall.scheduler.v1.PolicyService.ListPolicies:output_type -> landfall.scheduler.v1.ListPoliciesResponse
+	9,  // 25: landfall.scheduler.v1.PolicyService.DeletePolicy:output_type -> landfall.scheduler.v1.DeletePolicyResponse
+	22, // [22:26] is the sub-list for method output_type
+	18, // [18:22] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_landfall_scheduler_v1_policy_proto_init() }
@@ -688,7 +785,7 @@ func file_landfall_scheduler_v1_policy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_scheduler_v1_policy_proto_rawDesc), len(file_landfall_scheduler_v1_policy_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
