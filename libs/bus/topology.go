@@ -17,14 +17,15 @@ type Kind string
 
 // Work queues. Each message names its task proto.
 const (
-	KindShip   Kind = "ship"   // uploader:ship of the site
+	KindShip   Kind = "ship"   // uploader:ship of the site: points
+	KindCopy   Kind = "copy"   // the same: tasks of passes, which must not stand before points
 	KindApply  Kind = "apply"  // uploader:apply near storage
 	KindResync Kind = "resync" // resync-engine of the site
 	KindRetain Kind = "retain" // uploader:retain near storage
 )
 
 // Kinds returns every work queue that [Bus.Declare] makes.
-func Kinds() []Kind { return []Kind{KindShip, KindApply, KindResync, KindRetain} }
+func Kinds() []Kind { return []Kind{KindShip, KindCopy, KindApply, KindResync, KindRetain} }
 
 // Buckets of state. One service writes each record (design section 9).
 const (

@@ -37,7 +37,7 @@ var site = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$`)
 
 // Default is a sensible configuration.
 func Default() Config {
-	return Config{Site: "local", Workers: 4, Parallel: 4, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5, SourceTimeout: time.Hour, Qemu: qemutarget.Default()}
+	return Config{Site: "local", Workers: 4, Parallel: 8, LeaseTTL: 15 * time.Second, RetryDelay: 2 * time.Second, Attempts: 5, SourceTimeout: time.Hour, Qemu: qemutarget.Default()}
 }
 
 // Validate reports all problems at once, each with its key.

@@ -75,8 +75,11 @@ func (r *reconciler) handle(ctx context.Context, e *bus.Received) error {
 		if err := e.Decode(&p); err != nil {
 			return err
 		}
+		if p.GetWork() == workApply {
+			return r.applyFailed(ctx, &p)
+		}
 		return r.taskFailed(ctx, p.GetVm(), p.GetLineage(), p.GetOrdinal(), p.GetEpoch(), p.GetError())
-	case "parked." + string(bus.KindShip):
+	case "parked." + string(bus.KindShip), "parked." + string(bus.KindCopy):
 		var t uploaderv1.ShipTask
 		d, err := decodeParked(e, &t)
 		if err != nil {
@@ -140,6 +143,7 @@ func (r *reconciler) processed(ctx context.Context, p *eventsv1.RecoveryPointPro
 			return nil
 		}
 		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) {
+			rec.ApplyError = nil
 			rec.ProcessedPoint = max(rec.GetProcessedPoint(), p.GetPoint())
 			if fresh {
 				rec.ApplyBacklog = p.GetBacklog()
@@ -163,6 +167,30 @@ func (r *reconciler) backlog(ctx context.Context, vm string, b *typesv1.ApplyBac
 			rec.ApplyBacklog = clone(b)
 			rec.ApplyBacklog.High = high
 		})
+	})
+}
+
+// workApply is how a ship.failed of an apply task says what failed.
+const workApply = "apply"
+
+// applyFailed keeps why points are received and not applied, until some are. Replication goes on.
+func (r *reconciler) applyFailed(ctx context.Context, p *eventsv1.ShipFailed) error {
+	key := keyOf(p.GetVm())
+	if key == "" {
+		return nil
+	}
+	return r.with(ctx, key, func(v *vmRun) error {
+		at := p.GetError().GetTime().AsTime()
+		measured := v.rec.GetApplyBacklog().GetTime()
+		switch {
+		case v.rec.GetLineage() != p.GetLineage():
+			return nil
+		case measured != nil && measured.AsTime().After(at): // a later attempt went well: this event was overtaken
+			return nil
+		case v.rec.GetApplyError() != nil && !at.After(v.rec.GetApplyError().GetTime().AsTime()):
+			return nil
+		}
+		return v.save(ctx, func(rec *schedulerv1.ProtectedVm) { rec.ApplyError = p.GetError() })
 	})
 }
 

@@ -77,6 +77,14 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	}
 	switch vm.GetState() {
 	case Unprotected, Disabling, DisablingFailed, MigrationCompleted, EnablingProtection:
+		if e := vm.GetRetry().GetError(); vm.GetState() == EnablingProtection && e != nil { // it goes on trying, and somebody waits
+			h, reason := warning, e.GetReason()
+			if byHand[reasonOf(e)] {
+				h = critical
+			}
+			add(h, reason, fmt.Sprintf("protection does not begin, attempt %d failed: %s", vm.GetRetry().GetAttempt(), e.GetWhat()), e.GetAction())
+			return worst, append(bad, odd...)
+		}
 		if worst == critical {
 			return worst, bad
 		}
@@ -138,6 +146,13 @@ func Assess(vm *schedulerv1.ProtectedVm, p *schedulerv1.Policy, recent Cycles, n
 	}
 	if b := vm.GetApplyBacklog(); b.GetHigh() && !afterFailover(vm.GetState()) {
 		add(warning, HealthBacklog, backlogText(b), adviceOf(typesv1.ErrorReason_ERROR_REASON_APPLY_BACKLOG_HIGH))
+	}
+	if e := vm.GetApplyError(); e != nil && !afterFailover(vm.GetState()) && e.GetReason() != vm.GetRetry().GetError().GetReason() {
+		h := warning
+		if r := reasonOf(e); byHand[r] || Classify(r) == ClassFatal { // the next attempt will not get past it by itself
+			h = critical
+		}
+		add(h, e.GetReason(), "points are received and not applied to the replica disks: "+e.GetWhat(), e.GetAction())
 	}
 	if r := vm.GetRetry(); r.GetAttempt() > 0 && !afterFailover(vm.GetState()) && vm.GetState() != ReplicationError && vm.GetState() != InitialReplicationFailed && vm.GetState() != EnablingFailed {
 		h := warning

@@ -164,7 +164,7 @@ func (v *vmRun) publishWindows(ctx context.Context, now time.Time) (next, error)
 	if limit <= 0 {
 		limit = defaultParallel
 	}
-	kind := bus.KindShip
+	kind := bus.KindCopy
 	if v.rec.GetPass().GetScope() == typesv1.PassScope_PASS_SCOPE_COMPARE {
 		kind = bus.KindResync
 	}
@@ -253,7 +253,7 @@ func (v *vmRun) publishTasks(ctx context.Context, windows []int) error {
 				Ordinal: p.GetOrdinal(), Index: int32(i + 1), Tasks: int32(len(p.GetWindows())), Scope: p.GetScope(),
 				Disk: w.GetDisk(), Window: w.GetWindow(),
 			}}
-			err = v.bus.PublishTask(sctx, bus.KindShip, v.site(), id, task)
+			err = v.bus.PublishTask(sctx, bus.KindCopy, v.site(), id, task)
 		}
 		if err != nil {
 			return err

@@ -106,6 +106,31 @@ func TestHealthOfPoints(t *testing.T) {
 	require.Equal(t, typesv1.Health_HEALTH_CRITICAL, got, "it does not pass by itself")
 	require.Equal(t, "STORAGE_CREDENTIALS", reasons[0].GetReason())
 	require.Equal(t, ClassRecoverable, Classify(typesv1.ErrorReason_ERROR_REASON_STORAGE_CREDENTIALS), "and the ladder goes on")
+
+	vm.State = EnablingProtection
+	got, reasons = Assess(vm, p, Cycles{}, noon)
+	require.Equal(t, typesv1.Health_HEALTH_CRITICAL, got)
+	require.Equal(t, "protection does not begin, attempt 1 failed: the SAS has expired", reasons[0].GetWhat())
+	vm.State = Protected
+
+	vm.ApplyError = vm.GetRetry().GetError()
+	_, reasons = Assess(vm, p, Cycles{}, noon)
+	require.Len(t, reasons, 1, "the same is said once")
+	for reason, want := range map[typesv1.ErrorReason]typesv1.Health{
+		typesv1.ErrorReason_ERROR_REASON_REPLICA_TAMPERED:    typesv1.Health_HEALTH_CRITICAL,
+		typesv1.ErrorReason_ERROR_REASON_STORAGE_PERMISSION:  typesv1.Health_HEALTH_CRITICAL,
+		typesv1.ErrorReason_ERROR_REASON_STORAGE_UNAVAILABLE: typesv1.Health_HEALTH_WARNING,
+	} {
+		vm = fresh()
+		vm.ApplyError = detail(reason, "disk os", noon)
+		got, reasons = Assess(vm, p, Cycles{}, noon)
+		require.Equal(t, want, got, reason)
+		require.Equal(t, errcat.Code(reason), reasons[0].GetReason())
+		require.Equal(t, "points are received and not applied to the replica disks: disk os", reasons[0].GetWhat())
+		vm.State = FailedOver
+		_, reasons = Assess(vm, p, Cycles{}, noon)
+		require.NotEqual(t, errcat.Code(reason), reasons[0].GetReason(), "nobody applies any more")
+	}
 }
 
 // When a step of retention is due.

@@ -46,7 +46,7 @@ func (s *Service) handleApply(ctx context.Context, task *bus.Task) (err error) {
 		return err
 	case err != nil:
 		outcome = outcomeFailed
-		return s.reportFailure(ctx, task, t.GetVm(), t.GetLineage(), 0, 0, err)
+		return s.reportFailure(ctx, task, RoleApply, t.GetVm(), t.GetLineage(), 0, 0, err)
 	}
 	outcome = outcomeDone
 	if !done.due.IsZero() {

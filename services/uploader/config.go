@@ -41,8 +41,8 @@ type Config struct {
 
 // ShipConfig configures role ship.
 type ShipConfig struct {
-	// Concurrency is how many tasks are in work at once.
-	Concurrency int `koanf:"concurrency" help:"tasks in work at once"`
+	// Concurrency is how many points, and how many tasks of passes, are in work at once.
+	Concurrency int `koanf:"concurrency" help:"points, and tasks of passes, in work at once"`
 	// DiskStreams is how many disks of one point are streamed at once.
 	DiskStreams int `koanf:"disk_streams" help:"disks of one point streamed at once"`
 	// SegmentBytes is the stored size at which a segment is closed.

@@ -24,6 +24,7 @@ import (
 // Durable names of the consumers.
 const (
 	durableShip   = "uploader-ship"
+	durableCopy   = "uploader-copy"
 	durableApply  = "uploader-apply"
 	durableRetain = "uploader-retain"
 )
@@ -61,7 +62,7 @@ func (s *Service) handleShip(ctx context.Context, task *bus.Task) (err error) {
 	case err != nil:
 		outcome = outcomeFailed
 		ordinal := t.GetPoint().GetOrdinal() + t.GetPass().GetOrdinal()
-		return s.reportFailure(ctx, task, t.GetVm(), t.GetLineage(), ordinal, t.GetEpoch(), err)
+		return s.reportFailure(ctx, task, RoleShip, t.GetVm(), t.GetLineage(), ordinal, t.GetEpoch(), err)
 	}
 	outcome = outcomeDone
 	if done.already {
@@ -149,11 +150,11 @@ func (s *Service) publish(ctx context.Context, e bus.Event) error {
 
 // reportFailure says that a task ended without success. Nil: it was said, so the task is acknowledged; the ladder of
 // the scheduler decides what follows.
-func (s *Service) reportFailure(ctx context.Context, task *bus.Task, vm, lineage string, ordinal, epoch uint64, cause error) error {
+func (s *Service) reportFailure(ctx context.Context, task *bus.Task, role Role, vm, lineage string, ordinal, epoch uint64, cause error) error {
 	detail := shipping.Detail(cause)
 	detail.Time = timestamppb.New(s.clock())
 	s.logger.WarnContext(ctx, "task failed", "vm", vm, "ordinal", ordinal, "reason", detail.GetReason(), "error", cause)
-	e, err := event(vm, "ship.failed", &eventsv1.ShipFailed{Vm: vm, Lineage: lineage, Ordinal: ordinal, Epoch: epoch, Error: detail},
+	e, err := event(vm, "ship.failed", &eventsv1.ShipFailed{Vm: vm, Lineage: lineage, Ordinal: ordinal, Epoch: epoch, Error: detail, Work: string(role)},
 		task.Site, task.ID, task.Published.UTC().Format(time.RFC3339Nano))
 	if err != nil {
 		return bus.Permanent(errors.Join(err, cause))

@@ -138,7 +138,7 @@ func (s *Service) handleRetain(ctx context.Context, task *bus.Task) error {
 	}
 	if err != nil {
 		outcome = outcomeFailed
-		return s.reportFailure(ctx, task, t.GetVm(), t.GetLineage(), 0, 0, err)
+		return s.reportFailure(ctx, task, RoleRetain, t.GetVm(), t.GetLineage(), 0, 0, err)
 	}
 	outcome = outcomeDone
 	return failpoint.Hit(fpBeforeAck)

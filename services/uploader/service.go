@@ -133,8 +133,16 @@ func (s *Service) Register(r grpc.ServiceRegistrar) { uploaderv1.RegisterUploade
 // Run takes tasks until ctx ends and the tasks in work have stopped. An error is a consumer that cannot be set up.
 func (s *Service) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
+	queues := make([]queue, 0, len(s.config.Roles)+1)
 	for _, role := range s.config.Roles {
-		consumer, handle, err := s.consumer(role)
+		queues = append(queues, queue{role, roleKinds[role]})
+		if role == RoleShip { // a queue and workers of their own: copies never stand before points
+			queues = append(queues, queue{role, bus.KindCopy})
+		}
+	}
+	for _, q := range queues {
+		role := q.role
+		consumer, handle, err := s.consumer(q)
 		if err != nil {
 			return fmt.Errorf("run role %s: %w", role, err)
 		}
@@ -163,8 +171,16 @@ func (s *Service) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-func (s *Service) consumer(role Role) (*bus.Consumer, func(context.Context, *bus.Task) error, error) {
-	switch role {
+// queue is one that a role serves.
+type queue struct {
+	role Role
+	kind bus.Kind
+}
+
+var roleKinds = map[Role]bus.Kind{RoleShip: bus.KindShip, RoleApply: bus.KindApply, RoleRetain: bus.KindRetain}
+
+func (s *Service) consumer(q queue) (*bus.Consumer, func(context.Context, *bus.Task) error, error) {
+	switch q.role {
 	case RoleRetain:
 		c, err := s.bus.Consumer(bus.KindRetain, bus.AllSites, durableRetain, bus.ConsumerOptions{
 			Concurrency: s.config.Retain.Concurrency,
@@ -172,7 +188,8 @@ func (s *Service) consumer(role Role) (*bus.Consumer, func(context.Context, *bus
 		})
 		return c, s.handleRetain, err
 	case RoleShip:
-		c, err := s.bus.Consumer(bus.KindShip, s.config.Site, durableShip, bus.ConsumerOptions{
+		durable := map[bus.Kind]string{bus.KindShip: durableShip, bus.KindCopy: durableCopy}[q.kind]
+		c, err := s.bus.Consumer(q.kind, s.config.Site, durable, bus.ConsumerOptions{
 			Concurrency: s.config.Ship.Concurrency,
 			RetryDelay:  s.config.Ship.RetryDelay, RetryDelayMax: 10 * s.config.Ship.RetryDelay,
 		})

@@ -86,6 +86,7 @@ func NewWorld(t testing.TB, tracer trace.TracerProvider, hosts ...*Host) *World 
 		handle func(context.Context, *bus.Task) error
 	}{
 		{bus.KindShip, Site, "uploader-ship", w.Workers.Ship},
+		{bus.KindCopy, Site, "uploader-copy", w.Workers.Ship},
 		{bus.KindResync, Site, "resync-engine-compare", w.Workers.Compare},
 		{bus.KindApply, bus.AllSites, "uploader-apply", w.Workers.Apply},
 	} {

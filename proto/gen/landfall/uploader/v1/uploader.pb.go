@@ -301,7 +301,7 @@ func (x *PassTask) GetWindow() *v1.ByteRange {
 	return nil
 }
 
-// ShipTask makes one point, or one task of a pass, durable in the journal. Carried by the work queue "ship" of the site.
+// ShipTask makes one point, or one task of a pass, durable in the journal. Carried by the work queues "ship" (points) and "copy" (tasks of passes) of the site.
 // Delivered at least once; a repeat finds the ordinal in the chain and succeeds. The worker never raises the epoch.
 type ShipTask struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
