@@ -35,7 +35,7 @@ func within(t *testing.T, l *bandwidth.Limiter, d time.Duration, classes ...band
 	for _, c := range classes {
 		flow(ctx, &wg, l, c)
 	}
-	time.Sleep(d)
+	time.Sleep(d) //nolint:forbidigo // the clock of the bubble
 	cancel()
 	wg.Wait()
 	for c := range sent {
@@ -77,9 +77,9 @@ func TestLimiterKeepsToItsPart(t *testing.T) {
 		flow(ctx, &wg, l, bulk)
 		for _, rate := range []int64{bandwidth.MinLimit, 20 * mib, mib, 1 << 30, bandwidth.MinLimit, 2 * mib} {
 			l.Limit(bandwidth.Part{0, rate, 0})
-			time.Sleep(5 * time.Second) // one step of the old rate is on its way
+			time.Sleep(5 * time.Second) //nolint:forbidigo // the clock of the bubble: one step of the old rate is on its way
 			before := l.Sent(bulk)
-			time.Sleep(10 * time.Second)
+			time.Sleep(10 * time.Second) //nolint:forbidigo // the clock of the bubble
 			require.InEpsilon(t, rate*10, l.Sent(bulk)-before, 0.05, rate)
 		}
 		cancel()

@@ -47,7 +47,7 @@ func TestRetainClockLeaps(t *testing.T) {
 		require.NoError(t, err)
 		require.Zero(t, res.RetiredPoints)
 		require.Empty(t, res.Dropped)
-		require.Equal(t, before, s.wantAll())
+		require.Equal(t, s.wantAll(), before)
 	}
 }
 

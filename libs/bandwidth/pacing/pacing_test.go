@@ -20,15 +20,15 @@ func TestTimeStandsStillDuringWaits(t *testing.T) {
 		defer ccancel()
 		done := pacing.Wait(child)
 		again := pacing.Wait(child) // two reads at once are one wait
-		time.Sleep(time.Hour)
+		time.Sleep(time.Hour)       //nolint:forbidigo // the clock of the bubble
 		done()
 		again()
 		require.NoError(t, child.Err())
 		require.Equal(t, time.Hour, pacing.Waited(ctx))
-		time.Sleep(9 * time.Second)
+		time.Sleep(9 * time.Second) //nolint:forbidigo // the clock of the bubble
 		synctest.Wait()
 		require.NoError(t, child.Err())
-		time.Sleep(2 * time.Second)
+		time.Sleep(2 * time.Second) //nolint:forbidigo // the clock of the bubble
 		synctest.Wait()
 		require.ErrorIs(t, child.Err(), context.DeadlineExceeded)
 		require.NoError(t, ctx.Err())
