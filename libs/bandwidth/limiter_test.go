@@ -91,7 +91,7 @@ func TestLimiterBurstIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := bandwidth.NewLimiter()
 		l.Limit(bandwidth.Part{0, 10 * mib, 0})
-		time.Sleep(time.Hour)
+		time.Sleep(time.Hour) //nolint:forbidigo // the clock of the bubble
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		var wg sync.WaitGroup
