@@ -41,8 +41,8 @@ import (
 )
 
 const (
-	pointLineage replica.Lineage = "00112233445566778899aabbccddeeff"
-	pointVM                      = "sites/local/vms/6f1c2d3e-0000-4000-8000-000000000001"
+	pointLineage = replica.Lineage("00112233445566778899aabbccddeeff")
+	pointVM      = "sites/local/vms/6f1c2d3e-0000-4000-8000-000000000001"
 )
 
 // tool returns a program that is installed here. Where it is absent the test is skipped, except in CI.
@@ -75,7 +75,6 @@ type chain struct {
 	dir  string
 	r    *replica.Replica
 	now  map[string][]byte
-	seq  replica.Seq
 	last replica.Ordinal
 	at   map[replica.Ordinal]map[string][]byte
 }
