@@ -237,9 +237,7 @@ func TestEncryptionIsSeen(t *testing.T) {
 		s := newStory(rapid.Uint64().Draw(t, "seed"), every)
 		s.usual(rapid.IntRange(12, 40).Draw(t, "before"), usual, 0.3*rapid.Float64Range(0, 1).Draw(t, "share"), 1.5)
 		rate := int64(rapid.IntRange(10, 50).Draw(t, "times")) * usual
-		if rate < mostBytes {
-			rate = mostBytes * 5 / 4
-		}
+		rate = max(rate, mostBytes*5/4) // clearly more than what may be too little
 		begins := rapid.Float64Range(0, 1).Draw(t, "begins")
 		before := len(s.points)
 		alarms, last := 0, replica.Ordinal(0)
