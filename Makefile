@@ -68,6 +68,7 @@ azurite-or-say:
 
 .PHONY: test-robustness
 test-robustness: build $(TOOLS)/nats-server ## The long sets: 200 seeded kill runs of the six processes, 100,000 interleavings of the protocol model
+	LANDFALL_E2E_WHOLE=1 $(LAB) go test -count=1 -timeout 1h -run 'EveryPoint|ForeignWriters|FailOverForReal|RecoverFromStorage' ./tools/e2e
 	LANDFALL_ROBUSTNESS_RUNS=200 LANDFALL_MODEL_SEEDS=100000 LANDFALL_BIN=$(BIN) LANDFALL_NATS_SERVER=$(TOOLS)/nats-server \
 		go test -timeout 6h -run 'Robust|Model' -v ./tools/e2e/... ./libs/replica/...
 

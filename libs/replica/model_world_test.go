@@ -236,6 +236,17 @@ func (w *world) others(a *actor) bool {
 // job is what an actor does, with its memory of the chain.
 type job func(ctx context.Context, r *Replica) error
 
+// bury ends the jobs that a world leaves in their middle, a sleeper's when something is violated.
+func (w *world) bury() {
+	for _, a := range w.actors {
+		for a.busy {
+			a.store.Crash()
+			a.grant <- 0
+			w.wait()
+		}
+	}
+}
+
 // start gives an idle actor a job and runs it to its first store call.
 func (w *world) start(a *actor, j job) {
 	a.busy = true
@@ -326,6 +337,7 @@ func (w *world) advance(d time.Duration) {
 
 // run is one interleaving.
 func (w *world) run(steps int) error {
+	defer w.bury()
 	w.prelude()
 	for w.turns = 1; w.turns <= steps && w.failed == nil; w.turns++ {
 		if w.turns%40 == 1 { // some are fast, some all but asleep: a task is held for long

@@ -54,7 +54,13 @@ type form struct {
 }
 
 var forms = []form{
-	formOf("up", onDir), formOf("fleet", onDir), formOf("up", onAzurite), formOf("fleet", onAzurite),
+	formOf("up", onDir), formOf("fleet", onDir), formOf("fleet", onAzurite),
+}
+
+func init() {
+	if os.Getenv(wholeStorageEnv) != "" {
+		forms = append(forms, formOf("up", onAzurite))
+	}
 }
 
 func formOf(kind string, on storage) form {
