@@ -302,7 +302,7 @@ var catalogue = map[typesv1.ErrorReason]Entry{
 	typesv1.ErrorReason_ERROR_REASON_CHAIN_BROKEN: {
 		Code:   codes.DataLoss,
 		Cause:  "A manifest is missing or was changed in storage, outside of Landfall.",
-		Action: "Do not delete anything. Restore the missing object (undelete). Otherwise bring up a point from before the damage with `landfall recover --from-storage`, and protect the machine anew.",
+		Action: "Do not delete anything. Restore the missing object (undelete). Otherwise bring up a point from before the damage with `landfall recover --from-storage URL`, and protect the machine anew.",
 	},
 	typesv1.ErrorReason_ERROR_REASON_SEGMENT_CORRUPT: {
 		Code:   codes.DataLoss,

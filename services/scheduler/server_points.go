@@ -121,7 +121,7 @@ func (s *protectionServer) HoldRecoveryPoint(ctx context.Context, r *schedulerv1
 			return nil, storageError(err, "hold point %d of %s", p.Ordinal, rec.GetName())
 		}
 		s.log.InfoContext(ctx, "point held", "vm", rec.GetName(), "point", uint64(p.Ordinal), "hold", r.GetHold(), "by", by)
-		s.tellHold(ctx, rec, "recovery-point.held", p.Ordinal, r.GetHold(), by)
+		s.tellHold(ctx, rec, true, p.Ordinal, r.GetHold(), by)
 		if p, err = s.findPoint(ctx, chain, rec, r.GetPoint()); err != nil {
 			return nil, err
 		}
@@ -161,10 +161,13 @@ func (s *Service) findPoint(ctx context.Context, chain *replica.Replica, rec *sc
 	return replica.Point{}, reasonError(typesv1.ErrorReason_ERROR_REASON_POINT_NOT_FOUND, rec.GetName(), "%s has no recovery point %d", rec.GetName(), ordinal)
 }
 
-func (s *Service) tellHold(ctx context.Context, rec *schedulerv1.ProtectedVm, typ string, point replica.Ordinal, hold, by string) {
-	ordinal := uint64(point)
-	id := bus.EventID(rec.GetLineage(), typ, hold, strconv.FormatUint(ordinal, 10), strconv.FormatInt(s.now().UnixNano(), 10))
-	s.jobs.announce(ctx, rec.GetName(), typ, id, &eventsv1.RecoveryPointHeld{Vm: rec.GetName(), Point: ordinal, Hold: hold, RequestedBy: by})
+func (s *Service) tellHold(ctx context.Context, rec *schedulerv1.ProtectedVm, held bool, point replica.Ordinal, hold, by string) {
+	id := bus.EventID(rec.GetLineage(), strconv.FormatBool(held), hold, strconv.FormatUint(uint64(point), 10), strconv.FormatInt(s.now().UnixNano(), 10))
+	if held {
+		s.jobs.announce(ctx, rec.GetName(), "recovery-point.held", id, &eventsv1.RecoveryPointHeld{Vm: rec.GetName(), Point: uint64(point), Hold: hold, RequestedBy: by})
+		return
+	}
+	s.jobs.announce(ctx, rec.GetName(), "recovery-point.released", id, &eventsv1.RecoveryPointHeld{Vm: rec.GetName(), Point: uint64(point), Hold: hold, RequestedBy: by})
 }
 
 // ReleaseRecoveryPoint ends a hold.
@@ -182,7 +185,7 @@ func (s *protectionServer) ReleaseRecoveryPoint(ctx context.Context, r *schedule
 	by := caller(ctx)
 	for _, p := range points {
 		s.log.InfoContext(ctx, "point released", "vm", rec.GetName(), "point", uint64(p), "hold", r.GetHold(), "by", by)
-		s.tellHold(ctx, rec, "recovery-point.released", p, r.GetHold(), by)
+		s.tellHold(ctx, rec, false, p, r.GetHold(), by)
 		out.Points = append(out.Points, uint64(p))
 	}
 	return out, nil

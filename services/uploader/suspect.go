@@ -56,16 +56,18 @@ func (s *Service) suspectPoint(ctx context.Context, t *uploaderv1.ShipTask, done
 		return nil
 	}
 	m := done.manifest
-	payload := &eventsv1.RecoveryPointSuspected{
-		Vm: t.GetVm(), Lineage: t.GetLineage(), Point: uint64(m.Point), Sequence: uint64(m.Seq), CutTime: timestamppb.New(m.CutTime),
-		Signals: signalsProto(m.Signals), UsualBytes: found.usual,
-	}
-	if good := found.lastGood; good != nil {
-		payload.LastGoodPoint, payload.LastGoodSequence, payload.LastGoodTime = uint64(good.Ordinal), uint64(good.Seq), timestamppb.New(good.CutTime)
+	var good replica.Point
+	var goodTime *timestamppb.Timestamp
+	if found.lastGood != nil {
+		good, goodTime = *found.lastGood, timestamppb.New(found.lastGood.CutTime)
 	}
 	s.logger.WarnContext(ctx, "churn jumped and hardly compresses, as when something encrypts the machine", "vm", t.GetVm(), "point", uint64(m.Point),
-		"last_good_point", payload.GetLastGoodPoint(), "data_bytes", m.Signals.Data(), "incompressible_bytes", m.Signals.Incompressible, "usual_bytes", found.usual)
-	e, err := event(t.GetVm(), "recovery-point.suspected", payload, t.GetLineage(), number(m.Point))
+		"last_good_point", uint64(good.Ordinal), "data_bytes", m.Signals.Data(), "incompressible_bytes", m.Signals.Incompressible, "usual_bytes", found.usual)
+	e, err := event(t.GetVm(), "recovery-point.suspected", &eventsv1.RecoveryPointSuspected{
+		Vm: t.GetVm(), Lineage: t.GetLineage(), Point: uint64(m.Point), Sequence: uint64(m.Seq), CutTime: timestamppb.New(m.CutTime),
+		Signals: signalsProto(m.Signals), UsualBytes: found.usual,
+		LastGoodPoint: uint64(good.Ordinal), LastGoodSequence: uint64(good.Seq), LastGoodTime: goodTime,
+	}, t.GetLineage(), number(m.Point))
 	if err != nil {
 		return bus.Permanent(err)
 	}

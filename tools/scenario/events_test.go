@@ -54,7 +54,9 @@ func payloads() (names []string) {
 func TestEveryEventIsDocumented(t *testing.T) {
 	var documented []string
 	for _, payload := range catalogue(t) {
-		documented = append(documented, payload)
+		if !slices.Contains(documented, payload) { // two facts may have one payload
+			documented = append(documented, payload)
+		}
 	}
 	require.ElementsMatch(t, payloads(), documented)
 }

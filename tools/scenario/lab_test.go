@@ -213,10 +213,11 @@ func (l *lab) policy(name, interval string) {
 
 // vmStatus is `status VM -o json`, as far as the tests look at it.
 type vmStatus struct {
-	State     string `json:"state"`
-	Lineage   string `json:"lineage"`
-	LastPoint uint64 `json:"last_point,string"`
-	Processed uint64 `json:"processed_point,string"`
+	State     string    `json:"state"`
+	Lineage   string    `json:"lineage"`
+	LastPoint uint64    `json:"last_point,string"`
+	LastTime  time.Time `json:"last_point_time"`
+	Processed uint64    `json:"processed_point,string"`
 	Counters  struct {
 		Points  int64 `json:"points,string"`
 		Shipped int64 `json:"shipped_bytes,string"`

@@ -114,10 +114,10 @@ func (a *account) points() (ordinals []string) {
 func (a *account) whole(before []string) {
 	a.t.Helper()
 	a.write()
-	last := a.status("web-01").LastPoint
+	wrote := time.Now()
 	testkit.Eventually(a.t, patience, func() error {
 		s := a.full("web-01")
-		if a.status("web-01").LastPoint < last+2 || s.Health != "HEALTH_NORMAL" || s.State != "PROTECTION_STATE_PROTECTED" {
+		if !a.status("web-01").LastTime.After(wrote) || s.Health != "HEALTH_NORMAL" || s.State != "PROTECTION_STATE_PROTECTED" {
 			return fmt.Errorf("%+v", s)
 		}
 		return nil

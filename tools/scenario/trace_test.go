@@ -43,7 +43,7 @@ replication pass
         landfall.changetracker.v1.ChangeTrackerService/BeginPass
           landfall.changetracker.v1.ChangeTrackerService/BeginPass
   publish tasks
-    task ship
+    task copy
       landfall.changetracker.v1.ChangeTrackerService/ReadRanges
         landfall.changetracker.v1.ChangeTrackerService/ReadRanges
       event pass-task.shipped
@@ -147,7 +147,7 @@ func TestOneTraceSpansACycle(t *testing.T) {
 	check("replication pass", copyTrace)
 
 	// Work of the data path never runs outside of a trace that began with a decision.
-	for _, name := range []string{"task ship", "task apply", "landfall.changetracker.v1.ChangeTrackerService/ReadChanges", "landfall.changetracker.v1.ChangeTrackerService/ReadRanges"} {
+	for _, name := range []string{"task ship", "task copy", "task apply", "landfall.changetracker.v1.ChangeTrackerService/ReadChanges", "landfall.changetracker.v1.ChangeTrackerService/ReadRanges"} {
 		for _, sp := range spans.Find(name) {
 			require.True(t, sp.Parent().IsValid(), "%s began a trace of its own:\n%s", name, spans.Trace(sp.SpanContext().TraceID()))
 		}

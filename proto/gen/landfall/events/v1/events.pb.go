@@ -1613,70 +1613,6 @@ func (x *RecoveryPointHeld) GetRequestedBy() string {
 	return ""
 }
 
-// ReplicaTampered: somebody else wrote to a replica disk. Suffix replica.tampered, by the uploader.
-type ReplicaTampered struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// sites/{site}/vms/{vm}.
-	Vm string `protobuf:"bytes,1,opt,name=vm,proto3" json:"vm,omitempty"`
-	// Lineage.
-	Lineage string `protobuf:"bytes,2,opt,name=lineage,proto3" json:"lineage,omitempty"`
-	// The error.
-	Error         *v1.ErrorDetail `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ReplicaTampered) Reset() {
-	*x = ReplicaTampered{}
-	mi := &file_landfall_events_v1_events_proto_msgTypes[19]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ReplicaTampered) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ReplicaTampered) ProtoMessage() {}
-
-func (x *ReplicaTampered) ProtoReflect() protoreflect.Message {
-	mi := &file_landfall_events_v1_events_proto_msgTypes[19]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ReplicaTampered.ProtoReflect.Descriptor instead.
-func (*ReplicaTampered) Descriptor() ([]byte, []int) {
-	return file_landfall_events_v1_events_proto_rawDescGZIP(), []int{19}
-}
-
-func (x *ReplicaTampered) GetVm() string {
-	if x != nil {
-		return x.Vm
-	}
-	return ""
-}
-
-func (x *ReplicaTampered) GetLineage() string {
-	if x != nil {
-		return x.Lineage
-	}
-	return ""
-}
-
-func (x *ReplicaTampered) GetError() *v1.ErrorDetail {
-	if x != nil {
-		return x.Error
-	}
-	return nil
-}
-
 var File_landfall_events_v1_events_proto protoreflect.FileDescriptor
 
 const file_landfall_events_v1_events_proto_rawDesc = "" +
@@ -1808,11 +1744,7 @@ const file_landfall_events_v1_events_proto_rawDesc = "" +
 	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x14\n" +
 	"\x05point\x18\x02 \x01(\x04R\x05point\x12\x12\n" +
 	"\x04hold\x18\x03 \x01(\tR\x04hold\x12!\n" +
-	"\frequested_by\x18\x04 \x01(\tR\vrequestedBy\"q\n" +
-	"\x0fReplicaTampered\x12\x0e\n" +
-	"\x02vm\x18\x01 \x01(\tR\x02vm\x12\x18\n" +
-	"\alineage\x18\x02 \x01(\tR\alineage\x124\n" +
-	"\x05error\x18\x03 \x01(\v2\x1e.landfall.types.v1.ErrorDetailR\x05errorB\xd6\x01\n" +
+	"\frequested_by\x18\x04 \x01(\tR\vrequestedByB\xd6\x01\n" +
 	"\x16com.landfall.events.v1B\vEventsProtoP\x01ZEgithub.com/landfall-dr/landfall/proto/gen/landfall/events/v1;eventsv1\xa2\x02\x03LEX\xaa\x02\x12Landfall.Events.V1\xca\x02\x12Landfall\\Events\\V1\xe2\x02\x1eLandfall\\Events\\V1\\GPBMetadata\xea\x02\x14Landfall::Events::V1b\x06proto3"
 
 var (
@@ -1827,7 +1759,7 @@ func file_landfall_events_v1_events_proto_rawDescGZIP() []byte {
 	return file_landfall_events_v1_events_proto_rawDescData
 }
 
-var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_landfall_events_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_landfall_events_v1_events_proto_goTypes = []any{
 	(*RecoveryPointReceived)(nil),        // 0: landfall.events.v1.RecoveryPointReceived
 	(*PassTaskShipped)(nil),              // 1: landfall.events.v1.PassTaskShipped
@@ -1848,52 +1780,50 @@ var file_landfall_events_v1_events_proto_goTypes = []any{
 	(*ApplyBacklogCleared)(nil),          // 16: landfall.events.v1.ApplyBacklogCleared
 	(*RecoveryPointsRetired)(nil),        // 17: landfall.events.v1.RecoveryPointsRetired
 	(*RecoveryPointHeld)(nil),            // 18: landfall.events.v1.RecoveryPointHeld
-	(*ReplicaTampered)(nil),              // 19: landfall.events.v1.ReplicaTampered
-	(v1.PointKind)(0),                    // 20: landfall.types.v1.PointKind
-	(*timestamppb.Timestamp)(nil),        // 21: google.protobuf.Timestamp
-	(v1.Consistency)(0),                  // 22: landfall.types.v1.Consistency
-	(*v1.ChurnSignals)(nil),              // 23: landfall.types.v1.ChurnSignals
-	(*v1.ErrorDetail)(nil),               // 24: landfall.types.v1.ErrorDetail
-	(*v1.ApplyBacklog)(nil),              // 25: landfall.types.v1.ApplyBacklog
-	(*durationpb.Duration)(nil),          // 26: google.protobuf.Duration
-	(v1.ProtectionState)(0),              // 27: landfall.types.v1.ProtectionState
-	(v1.Health)(0),                       // 28: landfall.types.v1.Health
-	(v1.ResyncReason)(0),                 // 29: landfall.types.v1.ResyncReason
-	(*v1.Job)(nil),                       // 30: landfall.types.v1.Job
-	(v1.TestFailoverState)(0),            // 31: landfall.types.v1.TestFailoverState
+	(v1.PointKind)(0),                    // 19: landfall.types.v1.PointKind
+	(*timestamppb.Timestamp)(nil),        // 20: google.protobuf.Timestamp
+	(v1.Consistency)(0),                  // 21: landfall.types.v1.Consistency
+	(*v1.ChurnSignals)(nil),              // 22: landfall.types.v1.ChurnSignals
+	(*v1.ErrorDetail)(nil),               // 23: landfall.types.v1.ErrorDetail
+	(*v1.ApplyBacklog)(nil),              // 24: landfall.types.v1.ApplyBacklog
+	(*durationpb.Duration)(nil),          // 25: google.protobuf.Duration
+	(v1.ProtectionState)(0),              // 26: landfall.types.v1.ProtectionState
+	(v1.Health)(0),                       // 27: landfall.types.v1.Health
+	(v1.ResyncReason)(0),                 // 28: landfall.types.v1.ResyncReason
+	(*v1.Job)(nil),                       // 29: landfall.types.v1.Job
+	(v1.TestFailoverState)(0),            // 30: landfall.types.v1.TestFailoverState
 }
 var file_landfall_events_v1_events_proto_depIdxs = []int32{
-	20, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
-	21, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
-	22, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
-	23, // 3: landfall.events.v1.RecoveryPointReceived.signals:type_name -> landfall.types.v1.ChurnSignals
-	24, // 4: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
-	25, // 5: landfall.events.v1.RecoveryPointProcessed.backlog:type_name -> landfall.types.v1.ApplyBacklog
-	24, // 6: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
-	26, // 7: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
-	27, // 8: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
-	27, // 9: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
-	24, // 10: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
-	28, // 11: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
-	28, // 12: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
-	24, // 13: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
-	29, // 14: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
-	30, // 15: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
-	31, // 16: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
-	24, // 17: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
-	24, // 18: landfall.events.v1.FailoverChanged.error:type_name -> landfall.types.v1.ErrorDetail
-	24, // 19: landfall.events.v1.ApplicationConsistencyMissed.error:type_name -> landfall.types.v1.ErrorDetail
-	21, // 20: landfall.events.v1.RecoveryPointSuspected.cut_time:type_name -> google.protobuf.Timestamp
-	23, // 21: landfall.events.v1.RecoveryPointSuspected.signals:type_name -> landfall.types.v1.ChurnSignals
-	21, // 22: landfall.events.v1.RecoveryPointSuspected.last_good_time:type_name -> google.protobuf.Timestamp
-	25, // 23: landfall.events.v1.ApplyBacklogRaised.backlog:type_name -> landfall.types.v1.ApplyBacklog
-	25, // 24: landfall.events.v1.ApplyBacklogCleared.backlog:type_name -> landfall.types.v1.ApplyBacklog
-	24, // 25: landfall.events.v1.ReplicaTampered.error:type_name -> landfall.types.v1.ErrorDetail
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	19, // 0: landfall.events.v1.RecoveryPointReceived.kind:type_name -> landfall.types.v1.PointKind
+	20, // 1: landfall.events.v1.RecoveryPointReceived.cut_time:type_name -> google.protobuf.Timestamp
+	21, // 2: landfall.events.v1.RecoveryPointReceived.consistency:type_name -> landfall.types.v1.Consistency
+	22, // 3: landfall.events.v1.RecoveryPointReceived.signals:type_name -> landfall.types.v1.ChurnSignals
+	23, // 4: landfall.events.v1.ShipFailed.error:type_name -> landfall.types.v1.ErrorDetail
+	24, // 5: landfall.events.v1.RecoveryPointProcessed.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	23, // 6: landfall.events.v1.RecoveryPointAbandoned.error:type_name -> landfall.types.v1.ErrorDetail
+	25, // 7: landfall.events.v1.ReplicationCycleMissed.interval:type_name -> google.protobuf.Duration
+	26, // 8: landfall.events.v1.ProtectionStateChanged.from:type_name -> landfall.types.v1.ProtectionState
+	26, // 9: landfall.events.v1.ProtectionStateChanged.to:type_name -> landfall.types.v1.ProtectionState
+	23, // 10: landfall.events.v1.ProtectionStateChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	27, // 11: landfall.events.v1.HealthChanged.from:type_name -> landfall.types.v1.Health
+	27, // 12: landfall.events.v1.HealthChanged.to:type_name -> landfall.types.v1.Health
+	23, // 13: landfall.events.v1.HealthChanged.reasons:type_name -> landfall.types.v1.ErrorDetail
+	28, // 14: landfall.events.v1.ResyncBecameRequired.reason:type_name -> landfall.types.v1.ResyncReason
+	29, // 15: landfall.events.v1.JobChanged.job:type_name -> landfall.types.v1.Job
+	30, // 16: landfall.events.v1.TestFailoverChanged.state:type_name -> landfall.types.v1.TestFailoverState
+	23, // 17: landfall.events.v1.TaskParked.error:type_name -> landfall.types.v1.ErrorDetail
+	23, // 18: landfall.events.v1.FailoverChanged.error:type_name -> landfall.types.v1.ErrorDetail
+	23, // 19: landfall.events.v1.ApplicationConsistencyMissed.error:type_name -> landfall.types.v1.ErrorDetail
+	20, // 20: landfall.events.v1.RecoveryPointSuspected.cut_time:type_name -> google.protobuf.Timestamp
+	22, // 21: landfall.events.v1.RecoveryPointSuspected.signals:type_name -> landfall.types.v1.ChurnSignals
+	20, // 22: landfall.events.v1.RecoveryPointSuspected.last_good_time:type_name -> google.protobuf.Timestamp
+	24, // 23: landfall.events.v1.ApplyBacklogRaised.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	24, // 24: landfall.events.v1.ApplyBacklogCleared.backlog:type_name -> landfall.types.v1.ApplyBacklog
+	25, // [25:25] is the sub-list for method output_type
+	25, // [25:25] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_landfall_events_v1_events_proto_init() }
@@ -1907,7 +1837,7 @@ func file_landfall_events_v1_events_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_landfall_events_v1_events_proto_rawDesc), len(file_landfall_events_v1_events_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
