@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/landfall-dr/landfall/libs/blobstore"
+	"github.com/landfall-dr/landfall/libs/blobstore/backend"
 	"github.com/landfall-dr/landfall/libs/replica"
 	"github.com/landfall-dr/landfall/libs/vdisk"
 	"github.com/landfall-dr/landfall/tools/nbdclient"
@@ -166,8 +167,15 @@ func (m *machine) verify(ctx context.Context, points []replica.Point, i int) err
 	return nil
 }
 
-// verifyNew verifies the points that were not verified yet, the newest first, at most limit of them (0: all).
+// mostOnAzurite is how many points are verified at a time on the emulator, which reads slowly.
+const mostOnAzurite = 6
+
+// verifyNew verifies the points that were not verified yet, the newest first, at most limit of them (0: all, on the emulator
+// mostOnAzurite).
 func (m *machine) verifyNew(ctx context.Context, limit int) error {
+	if m.p.storage.Kind() == backend.KindAzure && (limit == 0 || limit > mostOnAzurite) {
+		limit = mostOnAzurite
+	}
 	points, err := m.look(ctx)
 	if err != nil {
 		return err

@@ -159,7 +159,7 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 	sections := map[string]map[string]any{
 		tracker:      {"state_dir": filepath.Join(p.dir, "host"), "nbd_address": freeAddr(t)},
 		host:         {"host": "host-1", "images": p.images, "address": address[host], "change_tracker_address": address[tracker], "scan_interval": "1s", "heartbeat": "1s"},
-		uploaderName: {"ship": map[string]any{"retry_delay": "100ms", "resume_wait": "100ms", "host_timeout": "5s"}, "apply": map[string]any{"lease": "15s", "busy_delay": "1s", "busy_deliveries": 100}},
+		uploaderName: {"ship": map[string]any{"retry_delay": "100ms", "resume_wait": "100ms", "host_timeout": "5s"}, "apply": map[string]any{"lease": "15s", "busy_delay": "1s", "busy_deliveries": 100, "lazy": map[string]any{"mode": "off"}}},
 		resync:       {"window_bytes": 8 * mib, "retry_delay": "100ms", "resume_wait": "100ms", "host_timeout": "5s"},
 		scheduler:    {"window_bytes": 8 * mib, "lease_ttl": "2s", "poll": "1s", "retry_unit": "500ms", "call_timeout": "5s"},
 		orchestrator: {"lease_ttl": "2s", "retry_delay": "500ms"},

@@ -171,7 +171,7 @@ func TestRobustInitialReplication(t *testing.T) {
 		seed = testkit.Seed(t)
 	}
 	r := testkit.RandOf(seed)
-	p := newFleet(t, either(seed/2, onAzurite, onDir), seed%2 == 1)
+	p := newFleet(t, either(seed/2, onDir, onAzurite), seed%2 == 1)
 	a := &attacked{t: t, machine: newMachine(p, seed, 24*mib, 16*mib)}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -272,7 +272,7 @@ type attacked struct {
 
 func attack(t *testing.T, seed uint64, n int) {
 	r := testkit.RandOf(seed)
-	p := newFleet(t, either(seed/2, onDir, onAzurite), seed%2 == 1)
+	p := newFleet(t, either(seed/2, onAzurite, onDir), seed%2 == 1)
 	a := &attacked{t: t, machine: newMachine(p, seed, 24*mib, 16*mib)}
 	t.Cleanup(func() {
 		if t.Failed() {
