@@ -253,6 +253,7 @@ var storagePatterns = []struct {
 	{regexp.MustCompile(`"?0x8DE[0-9A-F]+"?`), "<etag>"},
 	{regexp.MustCompile(`\d+(\.\d+)? (ms|MiB/s|KiB/s)\b`), "<figure>"},
 	{regexp.MustCompile(`(?m)^[a-z-]+ +in progress.*\n`), ""}, // which of them are seen is a matter of time
+	{regexp.MustCompile(`(?m)^ *\d+% .*\n`), ""},
 	{regexp.MustCompile(`(?m)because:.*RPO_ABOVE.*\n.*\n|.*CYCLES_MISSED.*\n.*\n`), ""},
 }
 
