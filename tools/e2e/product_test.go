@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -206,11 +207,17 @@ jetstream { store_dir: %q, sync_interval: always, max_file_store: 64GB }
 	return p
 }
 
+// givenAddrs are the addresses that freeAddr has given.
+var givenAddrs sync.Map
+
 // freeAddr is a loopback address below the range from which the system takes ports of outgoing connections: nobody
 // takes it by chance while its program is down.
 func freeAddr(t testing.TB) string {
 	for range 100 {
 		address := "127.0.0.1:" + strconv.Itoa(10000+rand.IntN(20000))
+		if _, given := givenAddrs.LoadOrStore(address, true); given { // to a program that does not listen yet
+			continue
+		}
 		if l, err := net.Listen("tcp", address); err == nil {
 			require.NoError(t, l.Close())
 			return address
