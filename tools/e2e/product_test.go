@@ -55,12 +55,12 @@ type form struct {
 }
 
 var forms = []form{
-	formOf("up", onDir), formOf("fleet", onDir), formOf("fleet", onAzurite),
+	formOf("up", onDir), formOf("fleet", onAzurite),
 }
 
 func init() {
 	if os.Getenv(wholeStorageEnv) != "" {
-		forms = append(forms, formOf("up", onAzurite))
+		forms = append(forms, formOf("up", onAzurite), formOf("fleet", onDir))
 	}
 }
 

@@ -26,7 +26,7 @@ const (
 // storageEnv makes every test use one kind of store.
 const storageEnv = "LANDFALL_E2E_STORE"
 
-// wholeStorageEnv adds the one form that the short set leaves out: everything in one process on the emulator.
+// wholeStorageEnv adds what the short set leaves out: both forms on both stores, not each on one.
 const wholeStorageEnv = "LANDFALL_E2E_WHOLE"
 
 // chosen is the kind of store that the environment wants, or else the one that the test wants.
