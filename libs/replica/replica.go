@@ -74,14 +74,13 @@ func newReplica(store blobstore.Store, l Lineage, b bugs) *Replica {
 
 // Lineages yields the lineages that a store holds, in order of their ids.
 func Lineages(ctx context.Context, store blobstore.Store) iter.Seq2[Lineage, error] {
-	const prefix = "lfj-"
 	return func(yield func(Lineage, error) bool) {
-		for name, err := range store.ListContainers(ctx, prefix) {
+		for name, err := range store.ListContainers(ctx, journalPrefix) {
 			if err != nil {
 				yield("", fmt.Errorf("list lineages: %w", err))
 				return
 			}
-			if l, err := ParseLineage(strings.TrimPrefix(name, prefix)); err == nil && l != ValidationLineage && !yield(l, nil) {
+			if l, err := ParseLineage(strings.TrimPrefix(name, journalPrefix)); err == nil && l != ValidationLineage && !yield(l, nil) {
 				return
 			}
 		}

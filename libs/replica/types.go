@@ -32,16 +32,16 @@ func (l Lineage) Bytes() (b [16]byte) {
 }
 
 // JournalContainer is the write-once container of segments, configurations and manifests.
-func (l Lineage) JournalContainer() string { return "lfj-" + string(l) }
+func (l Lineage) JournalContainer() string { return journalPrefix + string(l) }
 
 // StagingContainer holds the segments of passes until the checkpoint that ends their run.
-func (l Lineage) StagingContainer() string { return "lfs-" + string(l) }
+func (l Lineage) StagingContainer() string { return stagingPrefix + string(l) }
 
 // ReplicaContainer holds the page blobs, checkpoints and the retention record.
-func (l Lineage) ReplicaContainer() string { return "lfr-" + string(l) }
+func (l Lineage) ReplicaContainer() string { return replicaPrefix + string(l) }
 
 // FailoverContainer holds working copies and the step journals of failovers.
-func (l Lineage) FailoverContainer() string { return "lff-" + string(l) }
+func (l Lineage) FailoverContainer() string { return failoverPrefix + string(l) }
 
 // Ordinal numbers points and passes of a lineage from one counter. 0 is "none".
 type Ordinal uint64
