@@ -133,15 +133,11 @@ func (s *Service) Register(r grpc.ServiceRegistrar) { uploaderv1.RegisterUploade
 // Run takes tasks until ctx ends and the tasks in work have stopped. An error is a consumer that cannot be set up.
 func (s *Service) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	queues := make([]queue, 0, len(s.config.Roles)+1)
-	for _, role := range s.config.Roles {
-		queues = append(queues, queue{role, roleKinds[role]})
-		if role == RoleShip { // a queue and workers of their own: copies never stand before points
-			queues = append(queues, queue{role, bus.KindCopy})
-		}
-	}
 	for _, q := range queues {
 		role := q.role
+		if !slices.Contains(s.config.Roles, role) {
+			continue
+		}
 		consumer, handle, err := s.consumer(q)
 		if err != nil {
 			return fmt.Errorf("run role %s: %w", role, err)
@@ -171,32 +167,36 @@ func (s *Service) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// queue is one that a role serves.
+// queue is one that a role serves, by a durable consumer.
 type queue struct {
-	role Role
-	kind bus.Kind
+	role    Role
+	kind    bus.Kind
+	durable string
 }
 
-var roleKinds = map[Role]bus.Kind{RoleShip: bus.KindShip, RoleApply: bus.KindApply, RoleRetain: bus.KindRetain}
+// Points and tasks of passes have queues and workers of their own: copies never stand before points.
+var queues = []queue{
+	{RoleShip, bus.KindShip, durableShip}, {RoleShip, bus.KindCopy, durableCopy},
+	{RoleApply, bus.KindApply, durableApply}, {RoleRetain, bus.KindRetain, durableRetain},
+}
 
 func (s *Service) consumer(q queue) (*bus.Consumer, func(context.Context, *bus.Task) error, error) {
 	switch q.role {
 	case RoleRetain:
-		c, err := s.bus.Consumer(bus.KindRetain, bus.AllSites, durableRetain, bus.ConsumerOptions{
+		c, err := s.bus.Consumer(q.kind, bus.AllSites, q.durable, bus.ConsumerOptions{
 			Concurrency: s.config.Retain.Concurrency,
 			RetryDelay:  s.config.Retain.RetryDelay, RetryDelayMax: 10 * s.config.Retain.RetryDelay,
 		})
 		return c, s.handleRetain, err
 	case RoleShip:
-		durable := map[bus.Kind]string{bus.KindShip: durableShip, bus.KindCopy: durableCopy}[q.kind]
-		c, err := s.bus.Consumer(q.kind, s.config.Site, durable, bus.ConsumerOptions{
+		c, err := s.bus.Consumer(q.kind, s.config.Site, q.durable, bus.ConsumerOptions{
 			Concurrency: s.config.Ship.Concurrency,
 			RetryDelay:  s.config.Ship.RetryDelay, RetryDelayMax: 10 * s.config.Ship.RetryDelay,
 		})
 		return c, s.handleShip, err
 	}
 	apply := s.config.Apply
-	c, err := s.bus.Consumer(bus.KindApply, bus.AllSites, durableApply, bus.ConsumerOptions{
+	c, err := s.bus.Consumer(q.kind, bus.AllSites, q.durable, bus.ConsumerOptions{
 		Concurrency: apply.Concurrency, MaxDeliver: apply.BusyDeliveries,
 		RetryDelay: apply.BusyDelay, RetryDelayMax: 4 * apply.BusyDelay,
 	})
